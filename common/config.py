@@ -1,0 +1,129 @@
+"""The settings of a server: INFLASH_* variables, read once in each service's `__main__`.
+
+`inflash serve` turns its options into these variables; `honcho start` takes them from the shell or
+a .env file. An unknown INFLASH_ variable or a bad value ends the process, naming the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import SettingError
+from inflash._rundir import default_run_dir
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*$", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "7GB", "512MiB" or "1000"; `ValueError` for anything else."""
+    match = _SIZE.match(text)
+    if not match:
+        raise ValueError(f"{text!r} is no size: write 7GB, 512MiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One server's settings; every field is the variable INFLASH_<FIELD>."""
+
+    store: Path
+    run_dir: Path = dataclasses.field(default_factory=default_run_dir)
+    memory: int | None = None  # bytes for everything; None: half of the machine's
+    cache: str | None = None  # "25%" of the bundles, or a size; None: what memory leaves
+    predictor: str = "exact"
+    window: int | None = None  # tokens; None ("auto"): as large as the cache allows
+    context: int = 2048  # tokens of prompt and answer, at most what the model can
+    backend: str = "auto"  # how bundles are read: auto, aio or threads
+    threads: int = 0  # of compute; 0: one less than there are cores, at least one
+    log_level: str = "info"
+    parent: int | None = None  # process id; a service ends when this process is no more its parent
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Settings from the INFLASH_* variables of `environ`; `SettingError` names a bad key."""
+    given = {k[8:].lower(): v for k, v in environ.items() if k.startswith("INFLASH_") and v != ""}
+    for key in given:
+        if key not in _PARSERS:
+            known = ", ".join(f"INFLASH_{k.upper()}" for k in _PARSERS)
+            raise SettingError(f"INFLASH_{key.upper()}: unknown setting; there are {known}")
+    if "store" not in given:
+        raise SettingError("INFLASH_STORE: not set; it names the store to serve")
+    values: dict[str, Any] = {}
+    for key, text in given.items():
+        try:
+            values[key] = _PARSERS[key](text)
+        except ValueError as error:
+            raise SettingError(f"INFLASH_{key.upper()}: {error}") from None
+    return Settings(**values)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"{text!r} is none of {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def _count(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise ValueError(f"{text!r} is no whole number from {minimum} up")
+        return int(text)
+
+    return parse
+
+
+def _window(text: str) -> int | None:
+    return None if text == "auto" else _count(1)(text)
+
+
+def _cache(text: str) -> str:
+    cache_bytes(text, 1)  # raises for what is no size
+    return text
+
+
+def cache_bytes(text: str, ffn_bytes: int) -> int:
+    """Bytes in a cache setting: a share ("25%") of `ffn_bytes`, or a size."""
+    if text.endswith("%"):
+        try:
+            share = float(text[:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if not 0 < share <= 1:
+            raise ValueError(f"{text!r} is no share above 0% and up to 100%")
+        return int(share * ffn_bytes)
+    return parse_size(text)
+
+
+_PARSERS: dict[str, Callable[[str], object]] = {
+    "store": _path,
+    "run_dir": _path,
+    "memory": parse_size,
+    "cache": _cache,
+    "predictor": _one_of("all", "exact"),
+    "window": _window,
+    "context": _count(1),
+    "backend": _one_of("auto", "aio", "threads"),
+    "threads": _count(0),
+    "log_level": _one_of("debug", "info", "warning", "error"),
+    "parent": _count(1),
+}
+
+assert list(_PARSERS) == [f.name for f in dataclasses.fields(Settings)]

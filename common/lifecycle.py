@@ -1,0 +1,212 @@
+"""From launch to exit of a service: claim, Ready, heartbeat, signals, Fault, exit status.
+
+    0   asked to stop (SIGTERM, SIGINT)
+    1   a fault: logged once, with its traceback if it is a bug, and told to the gateway
+    2   a bad setting
+
+A service is a function of a `Service`: it makes its links, says `ready`, and turns its loop while
+`service.running()`. What it raises ends the process; nothing is logged and carried on from.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import zmq
+
+from common.config import Settings, read_settings
+from common.errors import LinkError, SettingError, UserError
+from common.limits import HEALTH_EVERY_S, NOTES_MAX
+from common.links import Link
+from common.log import open_log
+from common.messages import Fault, Health, Ready
+from common.store.store import Store
+from inflash._errors import InflashError
+from inflash._wire import VERSION
+
+
+class Service:
+    """What a service's loop has of the world around it. Made by `run`."""
+
+    def __init__(self, name: str, settings: Settings, context: zmq.Context[Any]):
+        self.name = name
+        self.settings = settings
+        self.run_dir = settings.run_dir
+        self.context = context
+        self.log = open_log(settings.run_dir, name, settings.log_level)
+        self.counters: dict[str, int] = {}
+        self._links: list[Link] = []
+        self._beat = 0
+        self._stop = threading.Event()
+        self._outgoing: queue.SimpleQueue[Ready | Fault] = queue.SimpleQueue()
+        self._heart = threading.Thread(target=self._send_health, name="heart", daemon=True)
+        self._started = time.monotonic()
+        self._notes: collections.deque[tuple[str, dict[str, Any]]] = collections.deque(
+            maxlen=NOTES_MAX
+        )
+
+    def receive_from(self, link: str) -> Link:
+        """The receiving, binding end of a link; closed when the service ends."""
+        return self._link(link, receive=True)
+
+    def send_to(self, link: str) -> Link:
+        """The sending, connecting end of a link; closed when the service ends."""
+        return self._link(link, receive=False)
+
+    def _link(self, name: str, *, receive: bool) -> Link:
+        link = Link(self.context, self.run_dir, name, receive=receive)
+        self._links.append(link)
+        return link
+
+    def ready(self, store_id: str) -> None:
+        """Says Ready to the gateway: every receiving link is bound, the store is open."""
+        self.log.info("ready", pid=os.getpid(), store_id=store_id)
+        self._outgoing.put(Ready(self.name, os.getpid(), VERSION, store_id))
+
+    def running(self) -> bool:
+        """True until a signal asks to stop. Called once in every turn of the loop: it is the beat
+        that the gateway watches."""
+        self._beat += 1
+        return not self._stop.is_set()
+
+    def stop(self, *_: object) -> None:
+        """The signal handler: only sets the flag."""
+        self._stop.set()
+
+    def count(self, name: str, by: int = 1) -> None:
+        """Adds to a counter of `inflash status`."""
+        self.counters[name] = self.counters.get(name, 0) + by
+
+    def all_counters(self) -> dict[str, int]:
+        dropped = sum(link.dropped for link in self._links)
+        return self.counters | {"bad_messages": self.counters.get("bad_messages", 0) + dropped}
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Logs a frequent event off the hot path: the heart thread writes it soon."""
+        self._notes.append((event, fields | {"time": time.time()}))
+
+    def _write_notes(self) -> None:
+        with contextlib.suppress(IndexError):  # empty, or the other thread took the last one
+            while True:
+                event, fields = self._notes.popleft()
+                self.log.info(event, **fields)
+
+    def health(self) -> Health:
+        return Health(
+            self.name,
+            os.getpid(),
+            round(time.monotonic() - self._started, 3),
+            self._beat,
+            self.all_counters(),
+        )
+
+    def _send_health(self) -> None:
+        """The heartbeat: a thread, so that a long multiply is no silence. It owns its link."""
+        with Link(self.context, self.run_dir, "health", receive=False) as link:
+            while True:
+                try:
+                    message: Ready | Fault | Health = self._outgoing.get(timeout=HEALTH_EVERY_S)
+                except queue.Empty:
+                    message = self.health()
+                self._write_notes()
+                if self.settings.parent not in (None, os.getppid()):
+                    self.stop()  # whoever started us was killed: nobody else will end us
+                with contextlib.suppress(LinkError):  # a gateway that is gone ends us by signal
+                    link.send(message)
+                if isinstance(message, Fault):
+                    # The exit closes the context; give the message time to reach the socket.
+                    link.socket.setsockopt(zmq.LINGER, 500)
+                    return
+
+    def start(self) -> None:
+        signal.signal(signal.SIGTERM, self.stop)
+        signal.signal(signal.SIGINT, self.stop)
+        self._heart.start()
+
+    def fault(self, reason: str) -> None:
+        """Tells the gateway why this service ends."""
+        self._outgoing.put(Fault(self.name, os.getpid(), reason))
+        self._heart.join(timeout=1.0)
+
+    def close(self) -> None:
+        self._write_notes()
+        for link in self._links:
+            link.close()
+
+
+@contextlib.contextmanager
+def claim(run_dir: Path, service: str) -> Iterator[None]:
+    """Holds the service's place in the run directory; `UserError` if another process has it."""
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stat = run_dir.stat()
+    if stat.st_uid != os.getuid():
+        raise UserError(f"the run directory {run_dir} belongs to another user; choose --run-dir")
+    if stat.st_mode & 0o077:
+        run_dir.chmod(0o700)
+    path = run_dir / f"{service}.pid"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{run_dir} is in use: its {service} runs as process {file.read().strip() or '?'};"
+                " stop that server or choose another --run-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def run(name: str, body: Callable[[Service, Store], None]) -> NoReturn:
+    """Runs a service to its end and exits with its status; called by its `__main__`."""
+    try:
+        settings = read_settings(os.environ)
+    except (SettingError, InflashError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        with claim(settings.run_dir, name):
+            status = _run_claimed(name, settings, body)
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        status = 1
+    # Not sys.exit: a library's thread or a socket that lingers must not keep a service alive.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _run_claimed(name: str, settings: Settings, body: Callable[[Service, Store], None]) -> int:
+    context: zmq.Context[Any] = zmq.Context()
+    service = Service(name, settings, context)
+    service.start()
+    try:
+        body(service, Store.open(settings.store))
+    except (UserError, InflashError) as error:
+        service.log.error("fault", reason=str(error))
+        print(f"{name}: {error}", file=sys.stderr)
+        service.fault(str(error))
+        return 1
+    except Exception as error:
+        service.log.error("fault", reason=repr(error), exc_info=True)
+        service.fault(f"{type(error).__name__}: {error}")
+        return 1
+    finally:
+        service.close()
+    service.log.info("stopped")
+    return 0

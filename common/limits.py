@@ -1,0 +1,48 @@
+"""Every bound of the system, by name, with the sums that must hold between them.
+
+Units are last in the name. A bound that a user may want to change is a setting (common/config.py).
+"""
+
+# Requests
+QUEUE_MAX = 16  # admitted and waiting, beside the one that runs
+PROMPT_TOKENS_MAX = 1 << 20
+
+# A step
+PREFILL_ROWS_MAX = 512  # tokens of a prompt in one step
+PREDICT_ROWS_MAX = 16  # beyond this many tokens a step's union is nearly the whole layer
+
+# Reads
+READS_IN_FLIGHT_MAX = 128  # queue depth that the reader gives the drive
+READ_BYTES_MAX = 1 << 20  # one merged read
+READ_BUNDLES_MAX = 256  # one merged read; IOV_MAX is 1024
+PART_BUNDLES_MIN = 64  # parts smaller than this cost more in messages than they hide
+PART_BYTES_MAX = 8 << 20  # of a streamed layer: one part is multiplied while the next lands
+PARTS_IN_FLIGHT_MAX = 4  # of one fetch
+ALIGN_BYTES = 4096  # direct reads: offset, length and memory are multiples of this
+
+# Messages
+MESSAGE_BYTES_MAX = 8 << 20  # on any link: counted and dropped above it
+WIRE_BYTES_MAX = 64 << 20  # ZeroMQ itself hangs up above it
+LINK_MESSAGES_MAX = 1024  # high-water mark of every socket
+RECEIVE_BATCH_MAX = 64  # messages taken from one socket before the others get a turn
+
+# Logs
+NOTES_MAX = 65_536  # frequent events waiting to be written; the oldest give way
+
+# Time
+POLL_S = 0.2  # longest sleep of a loop: so soon it sees a signal
+HEALTH_EVERY_S = 0.4
+HEALTH_LOST_S = 2.5  # a service silent for this long is lost
+SEND_S = 2.0  # a peer that does not take a message for this long has stalled
+PART_S = 4.0  # compute's longest wait for the next part of a layer
+START_S = 120.0  # from launch to Ready: a large model's resident weights are read in it
+STOP_S = 3.0  # from the signal to the end of a service; then it is killed
+CLIENT_LOST_S = 3.0  # a client or gateway whose connection is silent for this long is gone
+
+assert READ_BYTES_MAX % ALIGN_BYTES == 0
+assert READ_BYTES_MAX <= PART_BYTES_MAX
+assert MESSAGE_BYTES_MAX <= WIRE_BYTES_MAX
+assert 4 * HEALTH_EVERY_S < HEALTH_LOST_S, "one late heartbeat is no loss"
+assert HEALTH_LOST_S + POLL_S < 5.0, "a lost service fails its requests within 5 s"
+assert PART_S + POLL_S < 5.0
+assert PART_S > HEALTH_LOST_S, "a dead reader is named by its silence, not by compute's wait"

@@ -1,0 +1,66 @@
+"""Logs: one structlog logger per process. JSON lines in the run directory, text on a terminal.
+
+    <run dir>/log/<service>.jsonl    one event per line: event, level, time, service, and its fields
+
+Events are nouns. Fields that every event has where it can: request, step, layer.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger
+
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+
+def open_log(run_dir: Path, service: str, level: str) -> FilteringBoundLogger:
+    """A logger that appends to the service's file, and shows warnings and milestones on stderr."""
+    folder = run_dir / "log"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    # Line-buffered: what a killed process had said is in the file.
+    file = (folder / f"{service}.jsonl").open("a", buffering=1, encoding="utf-8")
+    wrapper = structlog.make_filtering_bound_logger(LEVELS[level])
+    logger = structlog.wrap_logger(
+        _Output(file, sys.stderr),
+        processors=[_add_time, structlog.processors.format_exc_info, _add_level],
+        wrapper_class=wrapper,
+    )
+    bound: FilteringBoundLogger = logger.bind(service=service)
+    return bound
+
+
+def _add_time(_: Any, method: str, event: EventDict) -> EventDict:
+    """The time of the event, which may have been noted before it is written."""
+    seconds = event.pop("time", None) or time.time()
+    event["time"] = datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
+    return event
+
+
+def _add_level(_: Any, method: str, event: EventDict) -> tuple[tuple[EventDict], dict[str, Any]]:
+    event["level"] = method
+    return (event,), {}
+
+
+class _Output:
+    """Writes each event to the file as JSON, and to the terminal as text unless it is frequent."""
+
+    FREQUENT = frozenset({"layer", "step"})
+
+    def __init__(self, file: TextIO, terminal: TextIO):
+        self._file = file
+        self._terminal = terminal if terminal.isatty() else None
+        self._json = structlog.processors.JSONRenderer()
+        self._text = structlog.dev.ConsoleRenderer(colors=True)
+
+    def _write(self, event: EventDict) -> None:
+        self._file.write(f"{self._json(None, '', event)!s}\n")
+        if self._terminal and event["event"] not in self.FREQUENT:
+            self._terminal.write(f"{self._text(None, '', dict(event))}\n")
+
+    debug = info = warning = error = critical = exception = msg = _write

@@ -1,0 +1,173 @@
+"""Every message between services. Client messages are in inflash/_messages.py.
+
+Times are `time.monotonic_ns()`, one clock for all processes of a machine. Neuron ids and slots are
+int32, little-endian, in raw frames. `step` numbers forward passes; it only grows, and no number is
+used twice in a server's life, so a message of a step that is over can be told and dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from inflash._messages import Sampling, Stats
+from inflash._wire import Codec, Raw
+
+SERVICES = ("gateway", "compute", "predictor", "reader")
+
+
+# all → gateway
+@dataclass(frozen=True, slots=True)
+class Ready:
+    service: str
+    pid: int
+    protocol: int
+    store_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    service: str
+    pid: int
+    uptime_s: float
+    beat: int  # grows while the service's loop turns
+    counters: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a service is about to end. The end itself is observed, never believed."""
+
+    service: str
+    pid: int
+    reason: str
+
+
+# gateway → compute
+@dataclass(frozen=True, slots=True)
+class Admit:
+    request: int
+    sampling: Sampling
+    logits: bool
+    prompt: Raw  # int32 [tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    request: int
+
+
+# compute → gateway
+@dataclass(frozen=True, slots=True)
+class Token:
+    request: int
+    step: int
+    token_id: int
+    logprob: float
+    logits: Raw  # float32 [vocabulary], or empty
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The last word of compute on a request; `error` is "" unless the request failed."""
+
+    request: int
+    reason: str  # one of FINISH_REASONS, or "failed"
+    service: str  # which service failed it, else ""
+    error: str
+    stats: Stats
+
+
+# compute → predictor
+@dataclass(frozen=True, slots=True)
+class Predict:
+    """The FFN input of a layer. `rows` is 0 for a block of tokens that needs the whole layer."""
+
+    request: int
+    step: int
+    layer: int
+    rows: int
+    x: Raw  # float32 [rows, hidden]
+
+
+# predictor → reader
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    request: int
+    step: int
+    layer: int
+    named_ns: int  # when the predictor had named them
+    ids: Raw  # int32 neuron ids, ascending
+
+
+# reader → compute
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Where the cache is: sent once, before anything else. See common/segment.py."""
+
+    path: str
+    slots: int  # of all layers together
+    stride_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Part `part` of a layer's fetch: these neurons lie in these slots until its Release.
+
+    Part 0 is what was in the cache already; `left` neurons are still to come.
+    """
+
+    request: int
+    step: int
+    layer: int
+    part: int
+    left: int
+    reads: int
+    bytes_read: int
+    named_ns: int
+    taken_ns: int  # when the reader took the Fetch up
+    landed_ns: int  # when this part was complete
+    ids: Raw  # int32 neuron ids
+    slots: Raw  # int32, in the whole cache, in the ids' order
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """The fetch failed: a bundle's checksum or a read is wrong. Nothing more comes of it."""
+
+    request: int
+    step: int
+    layer: int
+    reason: str
+
+
+# compute → reader
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """Compute has mapped the cache."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Compute is done with the slots of a part."""
+
+    step: int
+    layer: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """The step was given up: forget its fetches and release its parts."""
+
+    step: int
+
+
+HEALTH_CODEC = Codec(Ready, Health, Fault)
+CONTROL_CODEC = Codec(Admit, Abort)
+ANSWER_CODEC = Codec(Token, Done)
+PREDICT_CODEC = Codec(Predict)
+FETCH_CODEC = Codec(Fetch)
+RESIDENT_CODEC = Codec(Cache, Resident, Unreadable)
+RELEASE_CODEC = Codec(Attached, Release, Drop)

@@ -1,0 +1,49 @@
+"""The reference: transformers' own model with its own FFN, from the original checkpoint.
+
+What inflash computes is compared with this. Needs memory for the whole model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.errors import StoreError
+from common.model.families import activation_of, family_named
+from common.model.skeleton import library_config
+
+
+class FATReLU(nn.Module):
+    """x where x > threshold, else 0: transformers has no such activation."""
+
+    def __init__(self, threshold: float):
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.threshold(x, self.threshold, 0.0)
+
+
+def load_reference(src: Path, dtype: torch.dtype) -> nn.Module:
+    """transformers' causal model of the checkpoint in `src`, in `dtype`, eval mode, on the CPU.
+
+    `StoreError` for a folder without config.json, an unknown family or activation.
+    """
+    if not (src / "config.json").is_file():
+        raise StoreError(f"{src} is no checkpoint: it has no config.json")
+    config = AutoConfig.from_pretrained(src)
+    family = family_named(config.model_type)
+    activation = activation_of(family, config)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        src, config=library_config(config), dtype=dtype
+    )
+    if activation.name == "fatrelu":
+        for layer in model.get_submodule(family.layers):
+            layer.get_submodule(family.ffn).act_fn = FATReLU(activation.threshold)
+    model.eval().requires_grad_(False)
+    return model

@@ -1,0 +1,175 @@
+"""A store, opened: where its files are and what they hold. Reads sizes, not bundles.
+
+Refuses whatever is not a whole store: no folder, no manifest, an unfinished conversion, another
+format version, a file that is missing or has another size. `inflash verify` reads the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import StoreError
+from common.model.activation import Activation
+from common.store.checksum import Checksums
+from common.store.geometry import Geometry
+from common.store.manifest import (
+    BIASES,
+    CONFIG_DIR,
+    MANIFEST,
+    RESIDENT_DIR,
+    Manifest,
+    bundle_file,
+    checksum_file,
+    resident_file,
+)
+from common.store.tensors import read_exactly, read_float32, read_header, to_float32
+
+Floats = npt.NDArray[np.float32]
+
+PARTIAL_SUFFIX = ".partial"  # of the folder that a conversion writes until it is whole
+BLOCK_BYTES = 8 << 20
+
+
+class Store:
+    """What every process needs of a store. Made by `Store.open`."""
+
+    def __init__(self, path: Path, manifest: Manifest, store_id: str):
+        self.path = path
+        self.id = store_id  # first 16 hex digits of the manifest's SHA-256
+        self.manifest = manifest
+        self.config_dir = path / CONFIG_DIR
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Opens the store in the folder `path`; `StoreError` says why it cannot be used."""
+        manifest, raw = read_manifest(path)
+        for problem in size_problems(path, manifest):
+            raise StoreError(f"the store {path} is damaged: {problem}; convert the model again")
+        return cls(path, manifest, hashlib.sha256(raw).hexdigest()[:16])
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.manifest.geometry
+
+    @property
+    def family(self) -> str:
+        return self.manifest.family
+
+    @property
+    def activation(self) -> Activation:
+        return self.manifest.activation
+
+    def bundle_path(self, layer: int) -> Path:
+        """The layer's bundles: bundle i starts at byte i × stride_bytes."""
+        return self.path / bundle_file(layer)
+
+    def checksums(self, layer: int) -> Checksums:
+        """uint64 [neurons]: each bundle's checksum, over its whole stride."""
+        return np.fromfile(self.path / checksum_file(layer), dtype="<u8")
+
+    def resident_paths(self) -> list[Path]:
+        """Safetensors files whose names are those of transformers' model without its FFN."""
+        layers = range(self.geometry.layers)
+        return [self.path / resident_file(layer) for layer in (None, *layers)]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of everything that stays in memory: resident tensors and the FFN's biases."""
+        return sum(f.size for f in self.manifest.files if f.path.startswith(RESIDENT_DIR))
+
+    def biases(self, layer: int) -> dict[str, Floats]:
+        """float32 copies of the layer's FFN biases, those that the model has.
+
+        "gate" and "up" are [neurons], "down" is [hidden].
+        """
+        tensors = read_header(self.path / BIASES)
+        named = {part: tensors.get(bias_name(layer, part)) for part in self.geometry.parts}
+        return {part: read_float32(t) for part, t in named.items() if t is not None}
+
+    def rows(self, layer: int, part: str) -> Floats:
+        """float32 [neurons, hidden]: a copy of one part ("gate", "up", "down") of all bundles."""
+        shape = self.geometry
+        row_bytes = shape.hidden * shape.item_bytes
+        begin = shape.parts.index(part) * row_bytes
+        rows = np.empty((shape.neurons, shape.hidden), np.float32)
+        count = max(1, BLOCK_BYTES // shape.stride_bytes)
+        block = np.empty((count, shape.stride_bytes), np.uint8)
+        path = self.bundle_path(layer)
+        with path.open("rb", buffering=0) as file:
+            for first in range(0, shape.neurons, count):
+                taken = block[: min(count, shape.neurons - first)]
+                view = taken.data.cast("B")
+                read_exactly(file.fileno(), view, first * shape.stride_bytes, path)
+                raw = taken[:, begin : begin + row_bytes]
+                rows[first : first + len(taken)] = to_float32(raw, shape.dtype)
+            forget_pages(file.fileno())
+        return rows
+
+
+def bias_name(layer: int, part: str) -> str:
+    """A bias's name in the biases' file."""
+    return f"layers.{layer}.{part}.bias"
+
+
+def read_manifest(path: Path) -> tuple[Manifest, bytes]:
+    """The manifest of a finished store, and its bytes; `StoreError` if there is none."""
+    if not path.is_dir():
+        raise StoreError(f"there is no store at {path}: no such folder")
+    if path.absolute().name.endswith(PARTIAL_SUFFIX):
+        raise StoreError(
+            f"{path} is an unfinished conversion: run the same `inflash convert` again to finish it"
+        )
+    where = path / MANIFEST
+    try:
+        raw = where.read_bytes()
+    except FileNotFoundError:
+        hint = ""
+        if (path / "config.json").is_file():
+            hint = f"; it looks like a checkpoint: `inflash convert {path} STORE` makes one of it"
+        raise StoreError(f"{path} is no store: it has no {MANIFEST}{hint}") from None
+    except OSError as error:
+        raise StoreError(f"{where} cannot be read: {error.strerror}") from None
+    return Manifest.from_json(raw, where), raw
+
+
+def size_problems(path: Path, manifest: Manifest) -> list[str]:
+    """Files that the format needs and the manifest lacks, or that are missing or of another size
+    on disk: a sentence each."""
+    sizes = {entry.path: entry.size for entry in manifest.files}
+    problems = []
+    for name, size in _expected(manifest.geometry).items():
+        if name not in sizes:
+            problems.append(f"its manifest lacks {name}")
+        elif size is not None and sizes[name] != size:
+            problems.append(f"its manifest gives {name} {sizes[name]:,} bytes, not {size:,}")
+    for name, size in sizes.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError:
+            problems.append(f"{name} is missing")
+            continue
+        if found != size:
+            problems.append(f"{name} has {found:,} bytes, its manifest says {size:,}")
+    return problems
+
+
+def _expected(geometry: Geometry) -> dict[str, int | None]:
+    """Files that every store has, with the sizes that follow from its geometry."""
+    names: dict[str, int | None] = {f"{CONFIG_DIR}/config.json": None, BIASES: None}
+    names[resident_file(None)] = None
+    for layer in range(geometry.layers):
+        names[bundle_file(layer)] = geometry.layer_bytes
+        names[checksum_file(layer)] = 8 * geometry.neurons
+        names[resident_file(layer)] = None
+    return names
+
+
+def forget_pages(fd: int) -> None:
+    """Drops the file's clean pages from the page cache: it is charged to whoever caused it."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,94 @@
+"""An answer on its way, as the user sees it: its tokens, its text so far, how it ended.
+
+Shared by `Generation` and `AsyncGeneration`, which only add how to wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from inflash import _messages as wire
+from inflash._errors import InflashError, RequestFailed, RequestRefused, ServerLost
+from inflash._session import Lost, Mailbox
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of an answer.
+
+    `text` is what can be shown now: "" while a character's bytes are incomplete or while the text
+    may turn out to begin a stop text; what was held back comes with a later token. `logprob` is
+    the natural logarithm of its probability, before temperature and filters. `logits` is a
+    memoryview of float32, shape (vocabulary,), if they were asked for, else None.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    logits: memoryview[float] | None = field(default=None, repr=False, compare=False)
+
+
+class End(Exception):  # noqa: N818  (no error: the iterator's end)
+    """The answer is over; each skin turns it into its own StopIteration."""
+
+
+class GenerationState:
+    """What is known of an answer so far."""
+
+    def __init__(self, mailbox: Mailbox):
+        self._mailbox = mailbox
+        self._pieces: list[str] = []
+        self._over = False
+        self._ahead: int | None = None
+        self._finish_reason: str | None = None
+        self._stats: wire.Stats | None = None
+
+    @property
+    def text(self) -> str:
+        """The answer's text so far, stop text excluded."""
+        return "".join(self._pieces)
+
+    @property
+    def ahead(self) -> int | None:
+        """Requests before this one in the queue when the server last said so; None: it has not."""
+        return self._ahead
+
+    @property
+    def finish_reason(self) -> str | None:
+        """stop, length or cancelled; None until the iterator has ended."""
+        return self._finish_reason
+
+    @property
+    def stats(self) -> wire.Stats | None:
+        """Where time and bytes went; None until the iterator has ended."""
+        return self._stats
+
+    def _take(self) -> Token | None:
+        """The next token, or None if nothing came yet; raises `End` or the request's failure."""
+        if self._over:
+            raise End
+        events = self._mailbox.events
+        while events:
+            match events.popleft():
+                case wire.Waiting(ahead=ahead):
+                    self._ahead = ahead
+                case wire.Token() as token:
+                    self._pieces.append(token.text)
+                    logits = memoryview(token.logits).cast("f") if token.logits else None
+                    return Token(token.token_id, token.text, token.logprob, logits)
+                case wire.Finished() as finished:
+                    self._over = True
+                    self._pieces.append(finished.text)
+                    self._finish_reason, self._stats = finished.reason, finished.stats
+                    raise End
+                case wire.Failed() | Lost() as failed:
+                    self._over = True
+                    raise _error_of(failed)
+        return None
+
+
+def _error_of(failed: wire.Failed | Lost) -> InflashError:
+    if isinstance(failed, Lost):
+        return ServerLost("gateway", failed.reason)
+    kind = RequestRefused if failed.refused else RequestFailed
+    return kind(failed.service, failed.reason)

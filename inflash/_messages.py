@@ -1,0 +1,145 @@
+"""What a client and the gateway say to each other (DEALER ⇄ ROUTER), and the values inside.
+
+    Generate, Cancel, Status   →   Waiting, Token, Finished, Failed, StatusReply
+
+Every Generate ends in exactly one of Finished and Failed. `request` is the client's own number
+for its request: any integer that it is not using for another one. A Cancel of a request that is
+over, or never was, is silently ignored: it may have crossed the end on its way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from inflash._wire import Codec, Raw
+
+CLIENT_MESSAGE_BYTES_MAX = 8 << 20
+"""Largest message on the client link: a prompt of a million token ids fits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; the defaults are greedy. Raises `ValueError` out of range."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0  # 0 is greedy: the top token, no randomness
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None  # None: a fresh one for each request
+    stop: tuple[str, ...] = ()  # text that ends the answer; it is not part of it
+    ignore_eos: bool = False  # go on after the model's end token: for measuring
+
+    def __post_init__(self) -> None:
+        bounds = [
+            ("max_new_tokens", 1 <= self.max_new_tokens <= 2**31, "at least 1"),
+            ("temperature", 0.0 <= self.temperature <= 100.0, "from 0 to 100"),
+            ("top_k", 0 <= self.top_k <= 2**31, "0 (all) or more"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
+            ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0, at most 100"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
+            ("stop", all(0 < len(s) <= 256 for s in self.stop), "1 to 256 characters each"),
+            ("stop", len(self.stop) <= 16, "at most 16 texts"),
+        ]
+        for name, holds, rule in bounds:
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)!r:.60}: it must be {rule}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Where a request's time and bytes went.
+
+    Seconds are wall time. A stall is time in which compute waited for a neuron. Bytes and reads
+    are those made from flash for this request.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    queue_s: float
+    time_to_first_token_s: float
+    decode_s: float
+    bytes_read: int
+    reads: int
+    hits: int
+    misses: int
+    stall_s: float
+    decode_bytes_read: int
+    decode_hits: int
+    decode_misses: int
+    decode_stall_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed: tokens after the first, by the time that they took; 0 if there is none."""
+        return (self.new_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the asked-for neurons, prefill included, that were in the cache already."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    request: int
+    prompt: str | tuple[int, ...] | tuple[dict[str, str], ...]  # text, token ids or chat turns
+    sampling: Sampling
+    logits: bool  # send the full logits with every token (for proofs; large)
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A sign of life, about once a second, of a request that has nothing else to say."""
+
+    request: int
+    ahead: int  # requests before it in the queue; 0: it is being computed, or is the next
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    request: int
+    token_id: int
+    text: str  # "" while the bytes of a character are incomplete, or may begin a stop text
+    logprob: float  # natural log, before temperature and filters
+    logits: Raw  # float32 [vocabulary] if asked for, else empty
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    request: int
+    reason: str  # FINISH_REASONS
+    text: str  # what was held back and belongs to the answer after all
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    request: int
+    service: str  # who failed it: gateway, compute, predictor or reader
+    reason: str
+    refused: bool  # it never began
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReply:
+    request: int
+    report: dict[str, Any]
+
+
+FINISH_REASONS = ("stop", "length", "cancelled")
+"""stop: the model's end token or a stop text; length: max_new_tokens or the context is full."""
+
+CLIENT_CODEC = Codec(Generate, Cancel, Status, Waiting, Token, Finished, Failed, StatusReply)

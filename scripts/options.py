@@ -1,0 +1,26 @@
+"""The options of every command that starts a server; each is a setting of common/config.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_OPTIONS = [
+    click.option("--memory", metavar="SIZE", help="Budget for everything. [default: half of RAM]"),
+    click.option("--cache", metavar="SIZE|SHARE", help="Cache size instead, as 2GB or 25%."),
+    click.option("--predictor", type=click.Choice(["all", "exact"]), help="[default: exact]"),
+    click.option("--window", metavar="auto|K", help="Tokens a neuron stays. [default: auto]"),
+    click.option("--context", metavar="TOKENS", help="Prompt and answer. [default: 2048]"),
+    click.option("--threads", metavar="N", help="Of compute. [default: cores less one]"),
+    click.option("--backend", type=click.Choice(["auto", "aio", "threads"]), help="How to read."),
+    click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"])),
+]
+
+
+def server_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options; a value that was not given is None, and the setting's default holds."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command

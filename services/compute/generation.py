@@ -1,0 +1,120 @@
+"""One request from prompt to last token: prefill in blocks, then a step a token. No sockets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from common.limits import PREFILL_ROWS_MAX
+from common.messages import Admit
+from inflash._messages import Stats
+from services.compute.sampling import Sampler
+from services.compute.waits import LayerWaits
+
+Step = Callable[[torch.Tensor, int], tuple[torch.Tensor, list[LayerWaits]]]
+"""Runs the model over tokens int64 [count] that stand from a position on: the logits after the last
+one, float32 [vocabulary], and what each layer waited for."""
+
+
+@dataclass
+class Tally:
+    """What the steps of a request, or of its decode part, add up to."""
+
+    bytes_read: int = 0
+    reads: int = 0
+    hits: int = 0
+    misses: int = 0
+    stall_ns: int = 0
+
+    def add(self, waits: list[LayerWaits]) -> None:
+        for layer in waits:
+            self.bytes_read += layer.bytes_read
+            self.reads += layer.reads
+            self.hits += layer.hits
+            self.misses += layer.misses
+            self.stall_ns += layer.stall_ns
+
+
+@dataclass(frozen=True)
+class Choice:
+    token_id: int
+    logprob: float
+    logits: torch.Tensor  # float32 [vocabulary]
+
+
+@dataclass
+class Generation:
+    """Iterates over the tokens of `admit`; `reason` says why it ended."""
+
+    admit: Admit
+    step: Step
+    eos_ids: frozenset[int]
+    context: int  # tokens
+    reason: str = "length"
+    new_tokens: int = 0
+    total: Tally = field(default_factory=Tally)
+    decode: Tally = field(default_factory=Tally)
+    started: float = field(default_factory=time.monotonic)
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+    def tokens(self) -> Iterator[Choice]:
+        """The tokens, each as soon as it is chosen. The end token is not among them."""
+        prompt = torch.frombuffer(bytearray(self.admit.prompt), dtype=torch.int32).long()
+        limit = min(self.admit.sampling.max_new_tokens, self.context - len(prompt))
+        sequence = torch.empty(len(prompt) + limit, dtype=torch.int64)
+        sequence[: len(prompt)] = prompt
+        sampler = Sampler(self.admit.sampling)
+        logits = self._prefill(prompt)
+        for count in range(1, limit + 1):
+            end = len(prompt) + count - 1
+            token, logprob = sampler.choose(sequence[:end], logits)
+            if token in self.eos_ids and not self.admit.sampling.ignore_eos:
+                self.reason = "stop"
+                return
+            sequence[end] = token
+            self._mark(count)
+            yield Choice(token, logprob, logits)
+            if count < limit:
+                logits = self._decode(sequence[end : end + 1], end)
+
+    def _mark(self, count: int) -> None:
+        self.new_tokens, self.last_token = count, time.monotonic()
+        if count == 1:
+            self.first_token = self.last_token
+
+    def _prefill(self, prompt: torch.Tensor) -> torch.Tensor:
+        logits = torch.empty(0)
+        for start in range(0, len(prompt), PREFILL_ROWS_MAX):
+            logits, waits = self.step(prompt[start : start + PREFILL_ROWS_MAX], start)
+            self.total.add(waits)
+        return logits
+
+    def _decode(self, token: torch.Tensor, position: int) -> torch.Tensor:
+        logits, waits = self.step(token, position)
+        self.total.add(waits)
+        self.decode.add(waits)
+        return logits
+
+    def stats(self) -> Stats:
+        """The request's figures so far; the gateway knows the waiting before compute had it."""
+        first = self.first_token or time.monotonic()
+        return Stats(
+            prompt_tokens=len(self.admit.prompt) // 4,
+            new_tokens=self.new_tokens,
+            queue_s=0.0,
+            time_to_first_token_s=first - self.started,
+            decode_s=max(self.last_token - first, 0.0),
+            bytes_read=self.total.bytes_read,
+            reads=self.total.reads,
+            hits=self.total.hits,
+            misses=self.total.misses,
+            stall_s=self.total.stall_ns / 1e9,
+            decode_bytes_read=self.decode.bytes_read,
+            decode_hits=self.decode.hits,
+            decode_misses=self.decode.misses,
+            decode_stall_s=self.decode.stall_ns / 1e9,
+        )

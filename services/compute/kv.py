@@ -1,0 +1,59 @@
+"""The KV cache of one sequence: allocated once, filled from the front, never copied.
+
+transformers' DynamicCache copies everything for each token, and its StaticCache attends over its
+whole length; this one returns views of the part that is filled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class KVLayer(CacheLayerMixin):
+    """Keys and values of one layer, [1, kv heads, context, width] each, from their first use."""
+
+    def __init__(self, context: int):
+        super().__init__()
+        self.context = context
+        self.filled = 0  # tokens
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        def room(like: torch.Tensor) -> torch.Tensor:
+            return like.new_empty(1, like.shape[1], self.context, like.shape[3])
+
+        self.keys, self.values = room(key_states), room(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends the new tokens' states; returns views of all that are filled."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        end = self.filled + key_states.shape[2]
+        self.keys[:, :, self.filled : end] = key_states
+        self.values[:, :, self.filled : end] = value_states
+        self.filled = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.filled + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+    def get_max_length(self) -> int:
+        return self.context
+
+    def reset(self) -> None:
+        self.filled = 0
+
+
+def make_kv_cache(layers: int, context: int) -> Cache:
+    """An empty KV cache for sequences of up to `context` tokens; `reset()` empties it again."""
+    return Cache(layers=[KVLayer(context) for _ in range(layers)])

@@ -1,0 +1,172 @@
+"""Compute's loop: takes an admitted request, generates, says Done; one request at a time.
+
+Owns resident weights and the KV cache. Listens for Abort between the parts of a layer, so that a
+cancelled request ends within a layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import time
+from collections import deque
+
+import torch
+
+from common.lifecycle import Service
+from common.limits import POLL_S, QUEUE_MAX
+from common.messages import Abort, Admit, Done, Token
+from common.plan import make_plan
+from common.store.store import Store
+from services.compute.generation import Generation
+from services.compute.kv import make_kv_cache
+from services.compute.model import load_model
+from services.compute.pipeline import Pipeline, StepAbortedError, StepFailedError
+from services.compute.waits import LayerWaits
+
+
+def serve(service: Service, store: Store) -> None:
+    """Runs until asked to stop."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # One core is left to the reader and the predictor: threads that spin would starve them.
+    torch.set_num_threads(service.settings.threads or max((cores or 2) - 1, 1))
+    loop = ComputeLoop(service, store)
+    with torch.inference_mode():
+        loop.run()
+
+
+class ComputeLoop:
+    def __init__(self, service: Service, store: Store):
+        self._service = service
+        self._store = store
+        self._control = service.receive_from("control")
+        self._answers = service.send_to("answers")
+        self._pipeline = Pipeline(service, store.geometry)
+        self._context = make_plan(service.settings, store).context
+        self._model = load_model(store, self._pipeline)
+        self._vocabulary = int(self._model.config.vocab_size)
+        self._kv = make_kv_cache(store.geometry.layers, self._context)
+        self._eos_ids = read_eos_ids(store)
+        self._waiting: deque[Admit] = deque()
+        self._aborted: set[int] = set()
+        # Not from 1: a reader that outlived a server must not take our steps for its own.
+        self._step = 0
+        self._steps = itertools.count(time.time_ns())
+
+    def run(self) -> None:
+        self._pipeline.attach()
+        self._service.ready(self._store.id)
+        while self._service.running():
+            if not self._waiting:
+                self._control.socket.poll(int(POLL_S * 1000))
+            self._take_control()
+            if self._waiting:
+                self._generate(self._waiting.popleft())
+
+    def _take_control(self) -> None:
+        """Takes what the gateway has said; keeps in mind what is aborted before its turn."""
+        for message in self._control.receive():
+            if isinstance(message, Abort):
+                self._aborted.add(message.request)
+            elif self._is_sound(message) and len(self._waiting) < QUEUE_MAX:
+                self._waiting.append(message)
+            else:
+                self._service.count("bad_messages")
+
+    def _is_sound(self, admit: Admit) -> bool:
+        tokens = len(admit.prompt) // 4
+        if len(admit.prompt) % 4 or not 0 < tokens < self._context:
+            return False
+        ids = torch.frombuffer(bytearray(admit.prompt), dtype=torch.int32)
+        return int(ids.min()) >= 0 and int(ids.max()) < self._vocabulary
+
+    def _generate(self, admit: Admit) -> None:
+        self._kv.reset()
+        step = functools.partial(self._run_step, admit.request)
+        generation = Generation(admit, step, self._eos_ids, self._context)
+        reason, failed_by, error = "", "", ""
+        try:
+            for choice in generation.tokens():
+                logits = choice.logits.numpy().tobytes() if admit.logits else b""
+                token = Token(admit.request, self._step, choice.token_id, choice.logprob, logits)
+                self._answers.send(token)
+                self._service.count("tokens")
+                if self._is_aborted(admit.request):
+                    raise StepAbortedError
+            reason = generation.reason
+        except StepAbortedError:
+            self._pipeline.drop()
+            reason = "cancelled"
+        except StepFailedError as failure:
+            self._pipeline.drop()
+            reason, failed_by, error = "failed", failure.service, str(failure)
+            self._service.log.warning("request failed", request=admit.request, reason=error)
+        self._aborted.discard(admit.request)
+        if not self._waiting:  # what is left were aborts of requests that are over
+            self._aborted.clear()
+        self._answers.send(Done(admit.request, reason, failed_by, error, generation.stats()))
+
+    def _is_aborted(self, request: int) -> bool:
+        self._take_control()
+        return request in self._aborted or not self._service.running()
+
+    def _run_step(
+        self, request: int, tokens: torch.Tensor, position: int
+    ) -> tuple[torch.Tensor, list[LayerWaits]]:
+        """One forward pass: see generation.Step."""
+        self._step = next(self._steps)
+        began_ns = time.monotonic_ns()
+        self._pipeline.begin(request, self._step, lambda: self._is_aborted(request))
+        output = self._model(
+            input_ids=tokens[None],
+            position_ids=torch.arange(position, position + len(tokens))[None],
+            past_key_values=self._kv,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._note(request, self._pipeline.waits, time.monotonic_ns() - began_ns)
+        return output.logits[0, -1].float(), self._pipeline.waits
+
+    def _note(self, request: int, waits: list[LayerWaits], wall_ns: int) -> None:
+        """One event per layer with its waits, and one for the step; written off this path."""
+        for layer, w in enumerate(waits):
+            self._service.note(
+                "layer",
+                request=request,
+                step=self._step,
+                layer=layer,
+                rows=w.rows,
+                hits=w.hits,
+                misses=w.misses,
+                parts=w.parts,
+                reads=w.reads,
+                bytes_read=w.bytes_read,
+                wait_predictor_us=w.predictor_ns // 1000,
+                wait_queue_us=w.queue_ns // 1000,
+                wait_flash_us=w.flash_ns // 1000,
+            )
+        stall_ns = sum(w.stall_ns for w in waits)
+        self._service.note(
+            "step",
+            request=request,
+            step=self._step,
+            rows=waits[0].rows if waits else 0,
+            wall_us=wall_ns // 1000,
+            stall_us=stall_ns // 1000,
+        )
+        self._service.count("steps")
+        self._service.count("stall_us", stall_ns // 1000)
+
+
+def read_eos_ids(store: Store) -> frozenset[int]:
+    """The model's end tokens: from generation_config.json where it names any, else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = store.config_dir / name
+        if not path.exists():
+            continue
+        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset()

@@ -1,0 +1,29 @@
+"""The model: transformers' class for the family, FlashFFN in every layer, attention and KV ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from common.model.skeleton import build_skeleton, load_resident
+from common.store.store import Store
+from services.compute.attention import ATTENTION
+from services.compute.ffn import FlashFFN
+from services.compute.pipeline import TORCH_DTYPES, Pipeline
+
+
+def load_model(store: Store, pipeline: Pipeline) -> Any:
+    """The store's model with its resident weights; FFN weights are never allocated."""
+
+    def flash_ffn(layer: int) -> FlashFFN:
+        biases = {name: torch.from_numpy(b) for name, b in store.biases(layer).items()}
+        return FlashFFN(layer, store.geometry, store.activation, biases, pipeline)
+
+    config = AutoConfig.from_pretrained(store.config_dir)
+    dtype = TORCH_DTYPES[store.geometry.dtype]
+    model: nn.Module = build_skeleton(config, flash_ffn, dtype, attention=ATTENTION)
+    load_resident(model, store.resident_paths())
+    return model

@@ -1,0 +1,172 @@
+"""Compute's end of the chain Predict → Fetch → Resident → Release: asks for a layer, yields parts.
+
+Owns the links to the predictor and the reader, and the mapping of the cache. A part may be read
+from the moment it is yielded until the next one is asked for; then its slots are released.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.errors import LinkError
+from common.lifecycle import Service
+from common.limits import PART_S, POLL_S, PREDICT_ROWS_MAX, START_S
+from common.messages import Attached, Cache, Drop, Predict, Release, Resident, Unreadable
+from common.segment import attach_segment
+from common.store.geometry import Geometry
+from services.compute.waits import LayerWaits
+
+TORCH_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+class StepFailedError(Exception):
+    """The step cannot be finished: a bundle is unreadable. Fails the request, not the service."""
+
+    def __init__(self, service: str, reason: str):
+        super().__init__(reason)
+        self.service = service
+
+
+class StepAbortedError(Exception):
+    """The request was cancelled, or the service is stopping."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Neurons that can be multiplied now: ids and slots, int64 [count] each."""
+
+    ids: torch.Tensor
+    slots: torch.Tensor
+
+
+class Pipeline:
+    """One step at a time: `begin`, then `parts` for each layer in order."""
+
+    def __init__(self, service: Service, geometry: Geometry):
+        self._service = service
+        self._geometry = geometry
+        self._predict = service.send_to("predict")
+        self._release = service.send_to("release")
+        self._resident = service.receive_from("resident")
+        self._request = self._step = 0
+        self._aborted: Callable[[], bool] = lambda: False
+        self.waits: list[LayerWaits] = []
+        self.cache = torch.empty(0)
+        """The whole cache, [slots, stride items], in the store's dtype; set by `attach`."""
+
+    def attach(self) -> None:
+        """Waits for the reader's cache and maps it."""
+        deadline = time.monotonic() + START_S
+        while self._service.running():
+            self._resident.socket.poll(int(POLL_S * 1000))
+            for message in self._resident.receive():
+                if isinstance(message, Cache) and self._fits(message):
+                    self._map(message)
+                    return
+                self._service.count("bad_messages")
+            if time.monotonic() > deadline:
+                raise LinkError(
+                    f"compute waited {START_S:.0f} s for reader to send Cache (limit START_S)"
+                )
+
+    def _fits(self, cache: Cache) -> bool:
+        return cache.stride_bytes == self._geometry.stride_bytes and cache.slots > 0
+
+    def _map(self, cache: Cache) -> None:
+        region = attach_segment(Path(cache.path), cache.slots * cache.stride_bytes)
+        flat = torch.frombuffer(region, dtype=TORCH_DTYPES[self._geometry.dtype])
+        self.cache = flat.view(cache.slots, -1)
+        self._release.send(Attached(os.getpid()))
+
+    def begin(self, request: int, step: int, aborted: Callable[[], bool]) -> None:
+        """Starts a step; `aborted` is asked between parts whether to give it up."""
+        self._request, self._step, self._aborted = request, step, aborted
+        self.waits = []
+
+    def drop(self) -> None:
+        """Gives the step up: the reader forgets its fetches and takes its slots back."""
+        self._release.send(Drop(self._step))
+
+    def parts(self, layer: int, x: torch.Tensor) -> Iterator[Part]:
+        """The neurons that `x` [rows, hidden] needs of a layer, part by part as they land.
+
+        Raises StepFailedError, StepAbortedError, and LinkError if no part comes within PART_S.
+        """
+        rows = len(x) if len(x) <= PREDICT_ROWS_MAX else 0
+        frame = x[:rows].float().contiguous().numpy().tobytes()
+        waits = LayerWaits(len(x), time.monotonic_ns())
+        self.waits.append(waits)
+        self._predict.send(Predict(self._request, self._step, layer, rows, frame))
+        while True:
+            resident = self._next(layer, waits)
+            count = len(resident.ids) // 4
+            if resident.part == 0:
+                waits.hits += count
+            else:
+                waits.misses += count
+            waits.parts += 1
+            waits.reads += resident.reads
+            waits.bytes_read += resident.bytes_read
+            if count:
+                yield Part(_indices(resident.ids), _indices(resident.slots))
+            self._release.send(Release(self._step, layer, resident.part))
+            if resident.left == 0:
+                return
+
+    def _next(self, layer: int, waits: LayerWaits) -> Resident:
+        since_ns = time.monotonic_ns()
+        deadline_ns = since_ns + int(PART_S * 1e9)
+        while True:
+            for message in self._resident.receive():
+                if self._is_ours(message, layer):
+                    if isinstance(message, Unreadable):
+                        raise StepFailedError("reader", message.reason)
+                    stamps = message.named_ns, message.taken_ns, message.landed_ns
+                    waits.add(since_ns, time.monotonic_ns(), *stamps)
+                    return message
+            if self._aborted() or not self._service.running():
+                raise StepAbortedError
+            if time.monotonic_ns() > deadline_ns:
+                raise LinkError(
+                    f"compute waited {PART_S:.1f} s for part {waits.parts} of layer {layer},"
+                    f" step {self._step}, from predictor and reader (limit PART_S)"
+                )
+            self._resident.socket.poll(int(POLL_S * 1000))
+
+    def _is_ours(self, message: Cache | Resident | Unreadable, layer: int) -> bool:
+        """Whether a message is of this layer of this step, and sound; else it is put away."""
+        if isinstance(message, Cache) or (message.step, message.layer) != (self._step, layer):
+            self._service.count("stale_messages")
+            if isinstance(message, Resident):  # a step that was dropped: its slots are not needed
+                self._release.send(Release(message.step, message.layer, message.part))
+            return False
+        if isinstance(message, Unreadable) or self._is_sound(message):
+            return True
+        self._service.count("bad_messages")
+        return False
+
+    def _is_sound(self, message: Resident) -> bool:
+        ids, slots = message.ids, message.slots
+        if len(ids) != len(slots) or len(ids) % 4 or message.left < 0 or message.part < 0:
+            return False
+        return _within(ids, self._geometry.neurons) and _within(slots, len(self.cache))
+
+
+def _within(raw: bytes | memoryview, bound: int) -> bool:
+    values = np.frombuffer(raw, dtype="<i4")
+    return not len(values) or (int(values.min()) >= 0 and int(values.max()) < bound)
+
+
+def _indices(raw: bytes | memoryview) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(raw, dtype="<i4").astype(np.int64))

@@ -1,0 +1,45 @@
+"""Pure: what a layer waited for, from the times that its parts carry.
+
+A part's way has four stretches. What compute waited in a stretch is charged to its cause:
+
+    asked ── predictor ── named ── queue ── taken ── flash ── landed ── queue ── received
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class LayerWaits:
+    """One layer of one step: counts, and nanoseconds of waiting by cause."""
+
+    rows: int
+    asked_ns: int
+    hits: int = 0
+    misses: int = 0
+    parts: int = 0
+    reads: int = 0
+    bytes_read: int = 0
+    predictor_ns: int = 0
+    queue_ns: int = 0
+    flash_ns: int = 0
+
+    @property
+    def stall_ns(self) -> int:
+        return self.predictor_ns + self.queue_ns + self.flash_ns
+
+    def add(
+        self, since_ns: int, until_ns: int, named_ns: int, taken_ns: int, landed_ns: int
+    ) -> None:
+        """Charges the wait from `since_ns` to `until_ns`, which one part ended."""
+        predictor = _common(since_ns, until_ns, self.asked_ns, named_ns)
+        flash = _common(since_ns, until_ns, taken_ns, landed_ns)
+        self.predictor_ns += predictor
+        self.flash_ns += flash
+        self.queue_ns += max(until_ns - since_ns - predictor - flash, 0)
+
+
+def _common(a_from: int, a_to: int, b_from: int, b_to: int) -> int:
+    """Length of what two intervals share."""
+    return max(min(a_to, b_to) - max(a_from, b_from), 0)

@@ -1,0 +1,309 @@
+"""Requests, from arrival to their one terminal message. Pure: values in, decisions out.
+
+    arrival ──► refused
+       │
+       ▼
+    waiting ──► running ──► over          one runs at a time; first come, first served
+       │           │
+       │           ▼
+       └──────► closing ──► over          a cancel, a stop text: compute is told to end and its
+                                          Done brings the figures; CLOSE_S later without them
+
+Owns who asked for what, the queue and its bound, and the rule that every Generate ends in exactly
+one of Finished and Failed. A client that is gone gets nothing, and nothing is computed for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import MutableMapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from common import messages
+from common.limits import QUEUE_MAX
+from inflash import _messages as wire
+from services.gateway.prompts import Prompts
+from services.gateway.refusal import Refusal
+from services.gateway.text import AnswerText
+
+WAITING_EVERY_S = 1.0  # a request with nothing else to say says that it is alive
+CLOSE_S = 2.0  # a cancelled request's client waits this long for compute's figures
+
+
+@dataclass(frozen=True, slots=True)
+class ToClient:
+    client: bytes  # the routing id of its connection
+    message: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ToCompute:
+    message: messages.Admit | messages.Abort
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """An event for the log."""
+
+    event: str
+    fields: dict[str, Any]
+
+
+Decision = ToClient | ToCompute | Noted
+
+
+@dataclass(slots=True)
+class Request:
+    """One request under way. Times are seconds of the loop's clock."""
+
+    number: int  # ours: unique in the server's life
+    client: bytes
+    client_number: int
+    sampling: wire.Sampling
+    logits: bool
+    prompt: bytes  # int32
+    text: AnswerText
+    arrived: float
+    said: float  # when the client last heard of it
+    started: float | None = None
+    first_token: float | None = None
+    new_tokens: int = 0
+    closing: str = ""  # the finish reason, once it is decided here and not by compute
+    close_by: float = 0.0
+    over: bool = False  # its terminal message is sent, or its client is gone
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt) // 4
+
+
+class Requests:
+    """All requests. Every method takes the time and returns what is to be done, in order."""
+
+    def __init__(self, prompts: Prompts, counters: MutableMapping[str, int], first_number: int):
+        self._prompts = prompts
+        self._counters = counters
+        self._next_number = first_number  # large: no stray message hits it by chance
+        self.waiting: deque[Request] = deque()
+        self.running: Request | None = None
+        for name in ("requests", "finished", "failed", "refused", "cancelled", "tokens"):
+            counters.setdefault(name, 0)
+
+    def generate(self, client: bytes, message: wire.Generate, now: float) -> list[Decision]:
+        """A request arrives: it is queued or refused."""
+        if self._find(client, message.request):
+            self._count("bad_messages")  # a number in use: which one would an answer be for?
+            return []
+        try:
+            if len(self.waiting) >= QUEUE_MAX:
+                raise Refusal(f"the queue is full ({QUEUE_MAX} waiting); try again later")
+            prompt = self._prompts.read(message.prompt)
+        except Refusal as refusal:
+            return self.refuse(client, message.request, str(refusal))
+        room = self._prompts.context - len(prompt)
+        sampling = message.sampling
+        request = Request(
+            self._next_number,
+            client,
+            message.request,
+            replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)),
+            message.logits,
+            prompt.tobytes(),
+            AnswerText(self._prompts.tokenizer, sampling.stop),
+            arrived=now,
+            said=now,
+        )
+        self._next_number += 1
+        self._count("requests")
+        self.waiting.append(request)
+        fields = {"prompt_tokens": len(prompt), "waiting": len(self.waiting)}
+        return [Noted("admitted", {"request": request.number} | fields)]
+
+    def refuse(self, client: bytes, client_number: int, reason: str) -> list[Decision]:
+        """The request never begins."""
+        self._count("requests")
+        self._count("refused")
+        failed = wire.Failed(client_number, "gateway", reason, True)
+        return [ToClient(client, failed), Noted("refused", {"reason": reason})]
+
+    def start(self, now: float) -> list[Decision]:
+        """Gives compute the next request if it has none."""
+        if self.running is not None or not self.waiting:
+            return []
+        request = self.running = self.waiting.popleft()
+        request.started = now
+        queue_s = round(now - request.arrived, 4)
+        return [
+            ToCompute(
+                messages.Admit(request.number, request.sampling, request.logits, request.prompt)
+            ),
+            Noted("started", {"request": request.number, "queue_s": queue_s}),
+        ]
+
+    def token(self, message: messages.Token, now: float) -> list[Decision]:
+        """Compute made a token."""
+        request = self.running
+        if request is None or request.number != message.request:
+            self._count("bad_messages")
+            return [ToCompute(messages.Abort(message.request))]
+        vocabulary = self._prompts.vocabulary
+        if not 0 <= message.token_id < vocabulary or len(message.logits) not in (0, 4 * vocabulary):
+            self._count("bad_messages")
+            return []
+        if request.over or request.closing:
+            return []  # it crossed our Abort
+        self._count("tokens")
+        request.new_tokens += 1
+        request.said = now
+        if request.first_token is None:
+            request.first_token = now
+        text = request.text.push(message.token_id)
+        if self._is_last(request, message.token_id):
+            text += request.text.flush()
+        token = wire.Token(
+            request.client_number, message.token_id, text, message.logprob, message.logits
+        )
+        decisions: list[Decision] = [ToClient(request.client, token)]
+        return decisions + (self._close(request, "stop", now) if request.text.stopped else [])
+
+    def done(self, message: messages.Done, now: float) -> list[Decision]:
+        """Compute's last word on a request: the next one may start."""
+        request = self.running
+        if request is None or request.number != message.request:
+            self._count("bad_messages")  # no Abort: it is over already
+            return []
+        self.running = None
+        if request.over:
+            return []
+        if request.closing:
+            return self._finish(request, request.closing, message.stats, now)
+        if message.reason in wire.FINISH_REASONS:
+            return self._finish(request, message.reason, message.stats, now)
+        error = message.error or f"it ended for an unknown reason, {message.reason!r:.40}"
+        return self._fail(request, message.service or "compute", error, now)
+
+    def cancel(self, client: bytes, client_number: int, now: float) -> list[Decision]:
+        """The client wants no more of a request; one that is over is silently ignored."""
+        request = self._find(client, client_number)
+        if request is None or request.closing:
+            return []
+        if request is self.running:
+            return self._close(request, "cancelled", now)
+        self.waiting.remove(request)
+        return self._finish(request, "cancelled", self._own_stats(request, now), now)
+
+    def client_gone(self, client: bytes) -> list[Decision]:
+        """The client went away, or does not read: its requests end without a word."""
+        decisions: list[Decision] = []
+        for request in [r for r in self._under_way() if r.client == client]:
+            request.over = True
+            self._count("vanished")
+            decisions.append(Noted("vanished", {"request": request.number}))
+            if request is not self.running:
+                self.waiting.remove(request)
+            elif not request.closing:
+                decisions.append(ToCompute(messages.Abort(request.number)))
+        return decisions
+
+    def tick(self, now: float) -> list[Decision]:
+        """What the time asks for: signs of life, and the end of closing requests."""
+        decisions: list[Decision] = []
+        for ahead, request in enumerate(self._under_way()):
+            if request.closing and now >= request.close_by:
+                stats = self._own_stats(request, now)
+                decisions += self._finish(request, request.closing, stats, now)
+            elif now - request.said >= WAITING_EVERY_S:
+                request.said = now
+                waiting = wire.Waiting(request.client_number, ahead)
+                decisions.append(ToClient(request.client, waiting))
+        return decisions
+
+    def fail_all(self, service: str, reason: str, now: float) -> list[Decision]:
+        """Nothing more will be computed: every request under way fails."""
+        under_way = self._under_way()
+        self.waiting.clear()
+        self.running = None
+        return [d for r in under_way for d in self._fail(r, service, reason, now)]
+
+    def _under_way(self) -> list[Request]:
+        running = [self.running] if self.running and not self.running.over else []
+        return [*running, *self.waiting]
+
+    def _find(self, client: bytes, client_number: int) -> Request | None:
+        for request in self._under_way():
+            if request.client == client and request.client_number == client_number:
+                return request
+        return None
+
+    def _is_last(self, request: Request, token_id: int) -> bool:
+        """Whether compute will end here: then text that was held back goes with this token."""
+        if request.new_tokens >= request.sampling.max_new_tokens:
+            return True
+        return token_id in self._prompts.end_ids and not request.sampling.ignore_eos
+
+    def _close(self, request: Request, reason: str, now: float) -> list[Decision]:
+        request.closing = reason
+        request.close_by = now + CLOSE_S
+        return [ToCompute(messages.Abort(request.number))]
+
+    def _finish(
+        self, request: Request, reason: str, stats: wire.Stats, now: float
+    ) -> list[Decision]:
+        self._count("cancelled" if reason == "cancelled" else "finished")
+        own = self._own_stats(request, now)
+        stats = replace(
+            stats,
+            prompt_tokens=own.prompt_tokens,
+            new_tokens=own.new_tokens,  # those that the client got
+            queue_s=own.queue_s,
+            time_to_first_token_s=own.time_to_first_token_s,
+        )
+        text = request.text.flush()
+        finished = wire.Finished(request.client_number, reason, text, stats)
+        return self._end(request, finished, "finished", reason, now)
+
+    def _fail(self, request: Request, service: str, reason: str, now: float) -> list[Decision]:
+        self._count("failed")
+        failed = wire.Failed(request.client_number, service, reason, False)
+        return self._end(request, failed, "failed", f"{service}: {reason}", now)
+
+    def _end(
+        self, request: Request, message: Any, event: str, reason: str, now: float
+    ) -> list[Decision]:
+        assert not request.over, "a request ends once"
+        request.over = True
+        stats = self._own_stats(request, now)
+        fields = {
+            "request": request.number,
+            "reason": reason,
+            "prompt_tokens": stats.prompt_tokens,
+            "new_tokens": stats.new_tokens,
+            "queue_s": stats.queue_s,
+            "seconds": round(now - request.arrived, 4),
+        }
+        return [ToClient(request.client, message), Noted(event, fields)]
+
+    def _own_stats(self, request: Request, now: float) -> wire.Stats:
+        """The figures that the gateway knows; the others are compute's."""
+        started = now if request.started is None else request.started
+        first = request.first_token
+        return wire.Stats(
+            prompt_tokens=request.prompt_tokens,
+            new_tokens=request.new_tokens,
+            queue_s=round(started - request.arrived, 6),
+            time_to_first_token_s=0.0 if first is None else round(first - request.arrived, 6),
+            decode_s=0.0 if first is None else round(now - first, 6),
+            bytes_read=0,
+            reads=0,
+            hits=0,
+            misses=0,
+            stall_s=0.0,
+            decode_bytes_read=0,
+            decode_hits=0,
+            decode_misses=0,
+            decode_stall_s=0.0,
+        )
+
+    def _count(self, name: str, by: int = 1) -> None:
+        self._counters[name] = self._counters.get(name, 0) + by

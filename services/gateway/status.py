@@ -1,0 +1,60 @@
+"""The report that `inflash status` shows: plain values, ready for the wire. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.config import Settings
+from common.limits import QUEUE_MAX
+from common.plan import Plan
+from common.store.store import Store
+from services.gateway.health import Watch
+from services.gateway.requests import Requests
+
+
+class Report:
+    """What does not change in a server's life, made once; `make` adds what does."""
+
+    def __init__(self, settings: Settings, store: Store, plan: Plan):
+        shape = store.geometry
+        self._fixed = {
+            "store": {
+                "path": str(settings.store),
+                "id": store.id,
+                "family": store.family,
+                "layers": shape.layers,
+                "neurons": shape.neurons,
+                "hidden": shape.hidden,
+                "dtype": shape.dtype,
+                "ffn_bytes": shape.ffn_bytes,
+            },
+            "plan": _plain(dataclasses.asdict(plan)),
+            "settings": _plain(dataclasses.asdict(settings)),
+        }
+
+    def make(self, watch: Watch, requests: Requests, counters: Mapping[str, int]) -> dict[str, Any]:
+        """The report of this moment."""
+        queue = {
+            "running": int(requests.running is not None),
+            "waiting": len(requests.waiting),
+            "max": QUEUE_MAX,
+        }
+        return {
+            "state": watch.state,
+            "services": watch.report(),
+            **self._fixed,
+            "queue": queue,
+            "counters": dict(counters),
+        }
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text and tuples as lists: what JSON and the wire know."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,70 @@
+"""What a predictor is, and the ones there are: FFN input in, ids of the neurons to read out.
+
+    all      every neuron: the dense baseline
+    exact    the neurons that fire, from weights held in memory: for small models and for proofs
+
+A predictor that names too many costs reads; one that names too few costs accuracy. `all` and
+`exact` lose nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from common.store.store import Store
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
+
+
+class Predictor(Protocol):
+    def name(self, layer: int, x: Floats) -> Ids:
+        """Ascending ids of the neurons that may fire for any row of `x` [rows, hidden]."""
+
+
+class Everything:
+    """Names every neuron of the layer."""
+
+    def __init__(self, store: Store):
+        self._ids = np.arange(store.geometry.neurons, dtype=np.int32)
+
+    def name(self, layer: int, x: Floats) -> Ids:
+        return self._ids
+
+
+class Exact:
+    """Names the neurons whose pre-activation passes the threshold, plus those within rounding.
+
+    Holds the first part of every bundle (up rows, or gate rows of a gated FFN) as float32.
+    Compute rounds in its own order and in the store's dtype, so a neuron within that error of the
+    threshold is named too: a neuron too many costs a read, one too few would cost exactness.
+    """
+
+    # Of a dot product in float32, relative to |row|·|x|; well above what was seen (3e-7).
+    SUM_ERROR = 2e-6
+    # Of the result, relative to the threshold, when compute stores it in the store's dtype.
+    ROUND_ERROR: ClassVar = {"float32": 2.0**-22, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+    def __init__(self, store: Store):
+        geometry = store.geometry
+        part = geometry.parts[0]
+        layers = range(geometry.layers)
+        self._rows = [store.rows(layer, part) for layer in layers]
+        self._norms = [np.linalg.norm(rows, axis=1) for rows in self._rows]
+        none = np.zeros(geometry.neurons, dtype=np.float32)
+        self._biases = [store.biases(layer).get(part, none) for layer in layers]
+        threshold = store.activation.threshold
+        self._threshold = threshold - abs(threshold) * self.ROUND_ERROR[geometry.dtype]
+
+    def name(self, layer: int, x: Floats) -> Ids:
+        z = x @ self._rows[layer].T + self._biases[layer]
+        slack = self.SUM_ERROR * np.outer(np.linalg.norm(x, axis=1), self._norms[layer])
+        fires = (z + slack > self._threshold).any(axis=0)
+        return np.flatnonzero(fires).astype(np.int32)
+
+
+PREDICTORS: dict[str, Callable[[Store], Predictor]] = {"all": Everything, "exact": Exact}

@@ -1,0 +1,47 @@
+"""The answers of the services equal transformers' own, for every family variant and cache size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.proof import Answer, Reference, ask
+from tests.checkpoints import VARIANTS, VOCAB
+from tests.conftest import Made, serving
+
+PROMPT_TOKENS = (1, 7, 300)
+NEW_TOKENS = 64
+# The corners: each predictor with the smallest cache, and with room to keep what it read.
+WAYS = [("all", "2%"), ("exact", "2%"), ("all", "100%"), ("exact", "30%")]
+
+
+def prompts() -> list[list[int]]:
+    torch.manual_seed(5)
+    return [torch.randint(3, VOCAB, (count,)).tolist() for count in PROMPT_TOKENS]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float32_equals_the_reference(made: Made, run_dir: Path, variant: str) -> None:
+    store = made.store(variant)
+    answers: list[tuple[str, Answer]] = []
+    for predictor, cache in WAYS:
+        with serving(store, run_dir, predictor=predictor, cache=cache) as client:
+            answers += [(f"{predictor} {cache}", ask(client, p, NEW_TOKENS)) for p in prompts()]
+    reference = Reference(made.checkpoint(variant, "float32"), "float32")
+    for way, answer in answers:
+        proof = reference.check(answer)
+        assert proof.equal, f"{way}: {proof}"
+    assert len({token for _, answer in answers for token in answer.tokens}) > 20, "a dull model"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("variant", ["opt", "opt-postln", "llama-gqa", "llama-fatrelu"])
+def test_half_precision_is_close(made: Made, run_dir: Path, variant: str, dtype: str) -> None:
+    with serving(made.store(variant, dtype), run_dir, predictor="exact", cache="10%") as client:
+        answers = [ask(client, prompt, NEW_TOKENS) for prompt in prompts()]
+    reference = Reference(made.checkpoint(variant, dtype), dtype)
+    for answer in answers:
+        proof = reference.check(answer)
+        assert proof.equal, str(proof)

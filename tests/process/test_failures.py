@@ -1,0 +1,156 @@
+"""Every way a service ends: requests get one failure that names it, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from common.launch import CHECKOUT
+from common.messages import SERVICES
+from common.store.store import Store
+from inflash import Client, RequestFailed
+from tests.conftest import Made, assert_clean, serving
+
+LONG = {"max_new_tokens": 400, "ignore_eos": True}
+
+
+@contextmanager
+def serve_command(store: Store, run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """`inflash serve` as a user runs it, ready."""
+    command = [sys.executable, "-m", "inflash", "serve", str(store.path), "--run-dir", str(run_dir)]
+    process = subprocess.Popen(
+        [*command, "--cache", "2%", "--predictor", "all"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=CHECKOUT,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready: ")
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+
+
+def pids(client: Client) -> dict[str, int]:
+    services = client.status()["services"]
+    assert {entry["state"] for entry in services.values()} == {"ready"}
+    return {name: entry["pid"] for name, entry in services.items()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_lost_service_fails_requests_and_the_server(
+    made: Made, run_dir: Path, service: str, number: signal.Signals
+) -> None:
+    store = made.store("opt")
+    with serve_command(store, run_dir) as process, Client(run_dir) as client:
+        pid = pids(client)[service]
+        running = client.generate([5, 6, 7], **LONG)
+        waiting = client.generate([8, 9], **LONG)
+        next(running)
+        os.kill(pid, number)
+        for generation in (running, waiting):
+            with pytest.raises(RequestFailed) as failure:
+                list(generation)
+            assert failure.value.service == service
+        assert process.wait(timeout=20) == 1
+        assert process.stderr is not None
+        assert service in process.stderr.read()
+    assert_clean(run_dir)
+    assert not Path(f"/proc/{pid}").exists()
+    with serving(store, run_dir) as client:
+        assert len(list(client.generate([5, 6, 7], max_new_tokens=3, ignore_eos=True))) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_cleanly(
+    made: Made, run_dir: Path, number: signal.Signals
+) -> None:
+    with serve_command(made.store("opt"), run_dir) as process, Client(run_dir) as client:
+        every = pids(client).values()
+        next(client.generate([5, 6, 7], **LONG))
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 0
+    assert not [pid for pid in every if Path(f"/proc/{pid}").exists()]
+    assert_clean(run_dir)
+
+
+def test_services_end_with_a_killed_serve(made: Made, run_dir: Path) -> None:
+    with serve_command(made.store("opt"), run_dir) as process, Client(run_dir) as client:
+        every = pids(client).values()
+        files = [os.pidfd_open(pid) for pid in every]
+        process.kill()
+        for file in files:
+            # A pidfd reads as ready when its process ends.
+            assert select.select([file], [], [], 20)[0] == [file]
+            os.close(file)
+
+
+def test_a_second_server_is_refused_and_the_first_lives(made: Made, run_dir: Path) -> None:
+    store = made.store("opt")
+    with serving(store, run_dir) as client:
+        second = subprocess.run(
+            [sys.executable, "-m", "inflash", "serve", str(store.path), "--run-dir", str(run_dir)],
+            capture_output=True, text=True, cwd=CHECKOUT, timeout=60, check=False,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert "is in use" in second.stderr
+        assert "Traceback" not in second.stderr
+        assert len(list(client.generate([5], max_new_tokens=2, ignore_eos=True))) == 2
+
+
+def test_a_flipped_byte_is_named_and_never_answered(
+    made: Made, run_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made.store("opt").path, tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    where = 17 * store.geometry.stride_bytes + 99
+    with store.bundle_path(1).open("r+b") as file:
+        file.seek(where)
+        byte = file.read(1)[0]
+        file.seek(where)
+        file.write(bytes([byte ^ 4]))
+    verify = subprocess.run(
+        [sys.executable, "-m", "inflash", "verify", str(store.path), "--json"],
+        capture_output=True, text=True, cwd=CHECKOUT, timeout=60, check=False,
+    )  # fmt: skip
+    assert verify.returncode == 1
+    assert "layer 1 neuron 17" in json.dumps(json.loads(verify.stdout))
+    with serving(store, run_dir, predictor="all") as client:
+        for _ in range(2):
+            with pytest.raises(RequestFailed, match="layer 1 neuron 17") as failure:
+                list(client.generate([5, 6, 7], **LONG))
+            assert failure.value.service == "reader"
+        assert client.status()["state"] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"--memory": "1MB"}, "INFLASH_MEMORY: 1,000,000 bytes are too few; the smallest budget"),
+        ({"--cache": "1"}, "INFLASH_CACHE: 1 is too small; the smallest cache that works is"),
+        ({"--cache": "lots"}, "INFLASH_CACHE: 'lots' is no size"),
+        ({"--window": "0"}, "INFLASH_WINDOW: '0' is no whole number"),
+        ({"--run-dir": "/tmp/" + "long/" * 30}, "path is too long for a socket"),
+    ],
+)
+def test_a_bad_option_is_told_in_a_line(made: Made, options: dict[str, str], said: str) -> None:
+    extra = [word for pair in options.items() for word in pair]
+    result = subprocess.run(
+        [sys.executable, "-m", "inflash", "serve", str(made.store("opt").path), *extra],
+        capture_output=True, text=True, cwd=CHECKOUT, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,64 @@
+"""`exact` names every neuron that fires, and few others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.messages import Predict
+from services.predictor.loop import input_of
+from services.predictor.predictors import PREDICTORS
+
+
+@pytest.mark.parametrize("variant", ["opt", "llama-relu", "llama-fatrelu", "llama-mlp-bias"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_exact_names_all_that_fire_and_little_more(store_of: Any, variant: str, dtype: str) -> None:
+    store = store_of(variant, dtype)
+    exact = PREDICTORS["exact"](store)
+    random = np.random.default_rng(0)
+    part = store.geometry.parts[0]
+    for layer in range(store.geometry.layers):
+        x = random.normal(size=(3, store.geometry.hidden)).astype(np.float32)
+        z = x.astype(np.float64) @ store.rows(layer, part).astype(np.float64).T
+        z += store.biases(layer).get(part, 0.0)
+        fire = set(np.flatnonzero((z > store.activation.threshold).any(axis=0)))
+        named = exact.name(layer, x)
+        assert np.all(np.diff(named) > 0)
+        assert fire <= set(named.tolist())
+        assert len(named) <= len(fire) + 0.02 * store.geometry.neurons + 1
+
+
+def test_all_names_the_layer(store_of: Any) -> None:
+    store = store_of("opt", "float32")
+    everything = PREDICTORS["all"](store)
+    x = np.zeros((1, store.geometry.hidden), dtype=np.float32)
+    assert everything.name(0, x).tolist() == list(range(store.geometry.neurons))
+
+
+def test_input_that_does_not_fit_is_refused(store_of: Any) -> None:
+    geometry = store_of("opt", "float32").geometry
+    row = b"\0" * geometry.hidden * 4
+    good = input_of(Predict(1, 1, 0, 2, row * 2), geometry)
+    assert good is not None
+    assert good.shape == (2, geometry.hidden)
+    whole = input_of(Predict(1, 1, 0, 0, b""), geometry)
+    assert whole is not None
+    assert len(whole) == 0
+    for layer, rows, x in [
+        (geometry.layers, 1, row),
+        (-1, 1, row),
+        (0, 1, row[:-1]),
+        (0, 10**9, row),
+        (0, -1, b""),
+    ]:
+        assert input_of(Predict(1, 1, layer, rows, x), geometry) is None
+
+
+def test_names_of_predictors_are_those_of_the_setting(tmp_path: Path) -> None:
+    from common.config import read_settings
+
+    for name in PREDICTORS:
+        read_settings({"INFLASH_STORE": str(tmp_path), "INFLASH_PREDICTOR": name})
