@@ -19,7 +19,7 @@ from inflash._rundir import CLIENT_LINK, endpoint
 HEARTBEAT_MS = 1000
 HEARTBEAT_LOST_MS = 2000
 
-GONE = "the connection to the gateway ended: its process died, was stopped or hangs"
+GONE = "the connection ended: the gateway's process died or was stopped (or this one was)"
 
 AnySocket = TypeVar("AnySocket", bound=zmq.Socket[Any])
 

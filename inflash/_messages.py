@@ -81,6 +81,22 @@ class Stats:
         asked = self.hits + self.misses
         return self.hits / asked if asked else 1.0
 
+    @property
+    def decode_hit_rate(self) -> float:
+        """The same without prefill."""
+        asked = self.decode_hits + self.decode_misses
+        return self.decode_hits / asked if asked else 1.0
+
+    @property
+    def decode_bytes_per_token(self) -> float:
+        """Bytes read from flash for each token after the first; 0 if there is none."""
+        return self.decode_bytes_read / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
+
+    @property
+    def decode_stall_share(self) -> float:
+        """Share of the decode time in which compute waited for a neuron."""
+        return self.decode_stall_s / self.decode_s if self.decode_s > 0 else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Generate:

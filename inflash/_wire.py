@@ -50,7 +50,7 @@ class Codec:
     def encode(self, message: Any) -> list[Raw]:
         """Frames of `message`; `TypeError` if its type is not one of this codec's."""
         tag = type(message).__name__
-        if tag not in self._fields:
+        if tag not in self._fields or type(message) is not self._fields[tag][0]:
             raise TypeError(f"{tag} is no message of this link: {', '.join(self._fields)}")
         header: list[Any] = [VERSION, tag]
         raws: list[Raw] = []

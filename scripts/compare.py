@@ -122,4 +122,4 @@ def verdict(proofs: list[Proof]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="inflash compare")

@@ -86,14 +86,15 @@ def generate(console: Console) -> list[Stats]:
 def figures(stats: list[Stats], store: Store) -> Table:
     """A row per prompt. Tokens after the first only: the first one's prompt streams all layers."""
     table = Table(title=f"cache: {CACHE} of {store.geometry.ffn_bytes / 1e6:.1f} MB FFN weights")
-    for heading in ("prompt", "tokens/s", "hit rate", "read per token", "of the FFN", "stall"):
-        table.add_column(heading, justify="left" if heading == "prompt" else "right")
+    table.add_column("prompt", no_wrap=True)
+    for heading in ("tokens/s", "hit rate", "read per token", "of the FFN", "stall"):
+        table.add_column(heading, justify="right")
     for prompt, s in zip(PROMPTS, stats, strict=True):
         steps = max(s.new_tokens - 1, 1)
         asked = max(s.decode_hits + s.decode_misses, 1)
         read = s.decode_bytes_read / steps
         table.add_row(
-            repr(prompt)[:24],
+            repr(prompt)[:20] + "…" if len(repr(prompt)) > 20 else repr(prompt),
             f"{s.tokens_per_s:.1f}",
             f"{s.decode_hits / asked:.1%}",
             f"{read / 1e3:,.0f} kB",

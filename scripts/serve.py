@@ -73,4 +73,4 @@ def ready_line(settings: Settings) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="inflash serve")

@@ -113,30 +113,30 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     Loaded to the meta device with `weights_only`: shapes and offsets come, weights do not. Mapping
     the file instead would count every page of it that is read as ours.
     """
-    size = path.stat().st_size
     starts = _record_starts(path)
     try:
         state = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # pickle's errors are any
         reason = str(error).partition("\n")[0]
         raise StoreError(f"{path} is truncated, corrupt or not weights only: {reason}") from None
-    tensors = {}
-    for name, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        storage = value.untyped_storage()
-        start = getattr(storage, "_checkpoint_offset", None)
-        if start not in starts:
-            raise StoreError(f"{path}: torch {torch.__version__} does not say where {name} lies")
-        if not value.is_contiguous():
-            raise StoreError(f"{path}: {name} is stored transposed; save it as safetensors first")
-        offset = start + value.storage_offset() * value.element_size()
-        dtype = str(value.dtype).removeprefix("torch.")
-        tensor = Tensor(name, path, offset, dtype, tuple(value.shape), value.nbytes)
-        if offset + tensor.nbytes > min(size, start + starts[start]):
-            raise StoreError(f"{path} is truncated: {name} does not fit")
-        tensors[name] = tensor
-    return tensors
+    if not isinstance(state, dict):
+        raise StoreError(f"{path} holds no tensors by name")
+    values = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return {name: _place(name, value, path, starts) for name, value in values.items()}
+
+
+def _place(name: str, value: torch.Tensor, path: Path, starts: Mapping[int, int]) -> Tensor:
+    """Where in the file a tensor that torch loaded to the meta device has its bytes."""
+    start: int | None = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+    if start is None or start not in starts:
+        raise StoreError(f"{path}: torch {torch.__version__} does not say where {name} lies")
+    if not value.is_contiguous():
+        raise StoreError(f"{path}: {name} is stored transposed; save it as safetensors first")
+    offset = start + int(value.storage_offset()) * value.element_size()
+    if offset + value.nbytes > start + starts[start]:
+        raise StoreError(f"{path} is corrupt: {name} does not fit in its record")
+    dtype = str(value.dtype).removeprefix("torch.")
+    return Tensor(name, path, offset, dtype, tuple(value.shape), value.nbytes)
 
 
 def _record_starts(path: Path) -> dict[int, int]:

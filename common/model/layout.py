@@ -164,9 +164,7 @@ def _check_parts(weights: tuple[Mapping[str, Tensor], ...], geometry: Geometry) 
                 raise StoreError(f"tensor {tensor.name} has shape {tensor.shape}, not of a bundle")
 
 
-def _take_biases(
-    family: Family, geometry: Geometry, found: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _take_biases(family: Family, geometry: Geometry, found: dict[str, Tensor]) -> dict[str, Tensor]:
     names = [(layer, part) for layer in range(geometry.layers) for part in geometry.parts]
     pairs = [(bias_name(*n), found.pop(family.tensor(*n, "bias"), None)) for n in names]
     return {name: tensor for name, tensor in pairs if tensor is not None}

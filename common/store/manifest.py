@@ -98,6 +98,11 @@ class Manifest:
     @classmethod
     def _of(cls, content: dict[str, Any]) -> Manifest:
         geometry = _typed(Geometry, content["geometry"])
+        counts = (geometry.layers, geometry.neurons, geometry.hidden)
+        if min(counts) < 1 or geometry.layers > len(content["files"]):
+            raise ValueError(f"its geometry is of no model: {geometry}")
+        if geometry.dtype not in DTYPE_BYTES:
+            raise ValueError(f"its dtype is {geometry.dtype!r}")
         number_format = content["number_format"]
         if number_format["kind"] not in DTYPE_BYTES or number_format["scales"] is not None:
             raise ValueError(f"number format {number_format['kind']!r} is not known")

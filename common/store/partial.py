@@ -20,8 +20,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
 
 from common.errors import StoreError
 from common.store.manifest import MANIFEST, VERSION, FileEntry
@@ -33,7 +33,7 @@ JOURNAL = "convert.journal"
 class Sink:
     """A file being written: counts and digests what goes in."""
 
-    def __init__(self, file: IO[bytes], hasher: ThreadPoolExecutor):
+    def __init__(self, file: FileIO, hasher: ThreadPoolExecutor):
         self.size = 0
         self._file = file
         self._hasher = hasher
@@ -42,13 +42,14 @@ class Sink:
     def write(self, data: memoryview | bytes) -> None:
         # The digest runs beside the write: each takes about as long as the other.
         digested = self._hasher.submit(self._digest.update, data)
-        self._file.write(data)
+        left = memoryview(data)
+        while left:  # a raw write may be short
+            left = left[self._file.write(left) :]
         digested.result()
         self.size += len(data)
 
     def sync(self) -> str:
-        """Flushes to the drive; returns the SHA-256 in hex."""
-        self._file.flush()
+        """Waits until the drive has it; returns the SHA-256 in hex."""
         os.fsync(self._file.fileno())
         return self._digest.hexdigest()
 
@@ -79,7 +80,7 @@ class Partial:
         self.started_over = bool(lines) and not resumed
         done = dict(_journalled(self.folder, lines[1:])) if resumed else {}
         kept = {self.folder / e.path for entries in done.values() for e in entries}
-        _remove_all_but(self.folder, kept)
+        _remove_all_but(self.folder, kept | {journal})
         # Written anew: its last line may be cut short.
         records = [_record(job, entries) for job, entries in done.items()]
         temporary = self.folder / f"{JOURNAL}.tmp"
@@ -98,7 +99,7 @@ class Partial:
         target.parent.mkdir(exist_ok=True)
         temporary = target.with_name(f"{target.name}.tmp")
         with temporary.open("wb", buffering=0) as raw:
-            sink = Sink(_Whole(raw), self._hasher)
+            sink = Sink(raw, self._hasher)
             yield sink
             entry = FileEntry(path, sink.size, sink.sync())
         temporary.rename(target)
@@ -122,19 +123,6 @@ class Partial:
         self.folder.rename(self._dst)
         sync_folder(self._dst.parent)
         (self._dst / JOURNAL).unlink()
-
-
-class _Whole:
-    """A raw file whose `write` writes everything: a raw write may be short."""
-
-    def __init__(self, raw: Any):
-        self._raw = raw
-        self.fileno, self.flush = raw.fileno, raw.flush
-
-    def write(self, data: memoryview | bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[self._raw.write(view) :]
 
 
 @contextlib.contextmanager
@@ -168,8 +156,8 @@ def refuse_existing(dst: Path) -> None:
         raise StoreError(f"{dst} exists already: remove it or choose another folder")
 
 
-def journalled_bytes(dst: Path) -> int:
-    """Bytes that an unfinished conversion to `dst` has on the drive already."""
+def partial_bytes(dst: Path) -> int:
+    """Bytes that an unfinished conversion to `dst` takes: they are used again, or freed."""
     folder = partial_of(dst)
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 

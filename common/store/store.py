@@ -48,7 +48,7 @@ class Store:
     def open(cls, path: Path) -> Store:
         """Opens the store in the folder `path`; `StoreError` says why it cannot be used."""
         manifest, raw = read_manifest(path)
-        for problem in size_problems(path, manifest):
+        for problem in size_problems(path, manifest).values():
             raise StoreError(f"the store {path} is damaged: {problem}; convert the model again")
         return cls(path, manifest, hashlib.sha256(raw).hexdigest()[:16])
 
@@ -137,24 +137,26 @@ def read_manifest(path: Path) -> tuple[Manifest, bytes]:
     return Manifest.from_json(raw, where), raw
 
 
-def size_problems(path: Path, manifest: Manifest) -> list[str]:
-    """Files that the format needs and the manifest lacks, or that are missing or of another size
-    on disk: a sentence each."""
+def size_problems(path: Path, manifest: Manifest) -> dict[str, str]:
+    """Files that the manifest lacks, or that are missing or of another size on disk.
+
+    The file's name in the store -> a sentence that says what is wrong with it.
+    """
     sizes = {entry.path: entry.size for entry in manifest.files}
-    problems = []
+    problems = {}
     for name, size in _expected(manifest.geometry).items():
         if name not in sizes:
-            problems.append(f"its manifest lacks {name}")
+            problems[name] = f"its manifest lacks {name}"
         elif size is not None and sizes[name] != size:
-            problems.append(f"its manifest gives {name} {sizes[name]:,} bytes, not {size:,}")
+            problems[name] = f"its manifest gives {name} {sizes[name]:,} bytes, not {size:,}"
     for name, size in sizes.items():
         try:
             found = (path / name).stat().st_size
         except OSError:
-            problems.append(f"{name} is missing")
+            problems[name] = f"{name} is missing"
             continue
         if found != size:
-            problems.append(f"{name} has {found:,} bytes, its manifest says {size:,}")
+            problems[name] = f"{name} has {found:,} bytes, its manifest says {size:,}"
     return problems
 
 

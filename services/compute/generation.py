@@ -62,7 +62,7 @@ class Generation:
     last_token: float = 0.0
 
     def tokens(self) -> Iterator[Choice]:
-        """The tokens, each as soon as it is chosen. The end token is not among them."""
+        """The tokens, each as soon as it is chosen; the end token, if it comes, is the last."""
         prompt = torch.frombuffer(bytearray(self.admit.prompt), dtype=torch.int32).long()
         limit = min(self.admit.sampling.max_new_tokens, self.context - len(prompt))
         sequence = torch.empty(len(prompt) + limit, dtype=torch.int64)
@@ -72,12 +72,12 @@ class Generation:
         for count in range(1, limit + 1):
             end = len(prompt) + count - 1
             token, logprob = sampler.choose(sequence[:end], logits)
-            if token in self.eos_ids and not self.admit.sampling.ignore_eos:
-                self.reason = "stop"
-                return
             sequence[end] = token
             self._mark(count)
             yield Choice(token, logprob, logits)
+            if token in self.eos_ids and not self.admit.sampling.ignore_eos:
+                self.reason = "stop"
+                return
             if count < limit:
                 logits = self._decode(sequence[end : end + 1], end)
 

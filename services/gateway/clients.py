@@ -29,6 +29,7 @@ class Clients:
     """
 
     def __init__(self, run_dir: Path):
+        self._address = endpoint(run_dir, CLIENT_LINK)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self._context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a client that is gone is an error
@@ -37,7 +38,7 @@ class Clients:
         self.socket.setsockopt(zmq.LINGER, LINGER_MS)
         self.socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(CLIENT_LOST_S * 1000) - HEARTBEAT_MS)
-        self.socket.bind(endpoint(run_dir, CLIENT_LINK))
+        self.socket.bind(self._address)
 
     def receive(self) -> Iterator[tuple[bytes, Any]]:
         """(client, message) of what is there now, at most RECEIVE_BATCH_MAX; a `BadMessage` in the
@@ -72,3 +73,4 @@ class Clients:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
         self._context.term()
+        Path(self._address.removeprefix("ipc://")).unlink(missing_ok=True)  # ZeroMQ leaves it

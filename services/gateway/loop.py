@@ -34,8 +34,11 @@ from services.gateway.status import Report
 
 def serve(service: Service, store: Store) -> None:
     """Serves until it is asked to stop; `UserError` when a service is lost."""
+    plan = make_plan(service.settings, store)
+    prompts = Prompts(store.config_dir, plan.context)  # seconds, for a large tokenizer
+    report = Report(service.settings, store, plan, prompts)
     with Clients(service.run_dir) as clients:
-        gateway = Gateway(service, store, clients)
+        gateway = Gateway(service, clients, Watch(store.id, time.monotonic()), prompts, report)
         service.ready(store.id)
         why = "the server is stopping"
         try:
@@ -47,22 +50,24 @@ def serve(service: Service, store: Store) -> None:
             raise
         finally:
             gateway.fail_all("gateway", why)
+            for path in sockets_of(service.run_dir, service.name):
+                path.unlink(missing_ok=True)
 
 
 class Gateway:
     """The loop's state: its links, and the pure modules that decide."""
 
-    def __init__(self, service: Service, store: Store, clients: Clients):
-        plan = make_plan(service.settings, store)
-        prompts = Prompts(store.config_dir, plan.context)
+    def __init__(
+        self, service: Service, clients: Clients, watch: Watch, prompts: Prompts, report: Report
+    ):
         self._service = service
         self._clients = clients
+        self._watch = watch
+        self._report = report
         self._health = service.receive_from("health")
         self._answers = service.receive_from("answers")
         self._control = service.send_to("control")
-        self._watch = Watch(store.id, time.monotonic())
         self._requests = Requests(prompts, service.counters, first_number=time.time_ns())
-        self._report = Report(service.settings, store, plan)
         self._poller = zmq.Poller()
         for socket in (clients.socket, self._health.socket, self._answers.socket):
             self._poller.register(socket, zmq.POLLIN)
@@ -79,11 +84,10 @@ class Gateway:
             self._hear_clients()
             if loss := self._watch.look(time.monotonic(), _is_alive):
                 self._end_with(loss.service, loss.reason)
-            if self._watch.ready:
-                if not was_ready:
-                    self._service.log.info("all ready")
-                    was_ready = True
-                self._do(self._requests.start(time.monotonic()))
+            if self._watch.ready and not was_ready:
+                self._service.log.info("all ready")
+                was_ready = True
+            self._start()
             self._do(self._requests.tick(time.monotonic()))
 
     def fail_all(self, service: str, reason: str) -> None:
@@ -104,10 +108,17 @@ class Gateway:
     def _hear_clients(self) -> None:
         for client, message in self._clients.receive():
             self._do(self._answer(client, message, time.monotonic()))
+            self._start()  # before the next is judged by the length of the queue
+
+    def _start(self) -> None:
+        if self._watch.ready:
+            self._do(self._requests.start(time.monotonic()))
 
     def _answer(self, client: bytes, message: Any, now: float) -> list[Decision]:
         match message:
             case wire.Generate():
+                if self._requests.full:  # is it, or are they gone who fill it?
+                    self._do(self._requests.probe(now))
                 return self._requests.generate(client, message, now)
             case wire.Cancel(request=number):
                 return self._requests.cancel(client, number, now)
@@ -156,9 +167,13 @@ class Gateway:
 
 def leftovers(run_dir: Path, service: str) -> list[Path]:
     """The files that a killed service leaves: its claim, its sockets, and the reader's cache."""
-    sockets = [run_dir / f"{link.name}.ipc" for link in LINKS.values() if link.receiver == service]
     segment = [segment_path(run_dir)] if service == "reader" else []
-    return [run_dir / f"{service}.pid", *sockets, *segment]
+    return [run_dir / f"{service}.pid", *sockets_of(run_dir, service), *segment]
+
+
+def sockets_of(run_dir: Path, service: str) -> list[Path]:
+    """The sockets that a service binds, the clients' aside."""
+    return [run_dir / f"{link.name}.ipc" for link in LINKS.values() if link.receiver == service]
 
 
 def _is_alive(pid: int) -> bool:

@@ -34,6 +34,10 @@ class Prompts:
         if self.tokenizer is not None:
             self._token_chars_max = max(map(len, self.tokenizer.get_vocab()), default=1)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
     def read(self, prompt: Prompt) -> array[int]:
         """The prompt's token ids, int32; `Refusal` says why there are none."""
         ids = self._ids(prompt)

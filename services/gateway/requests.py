@@ -53,7 +53,7 @@ class Noted:
 Decision = ToClient | ToCompute | Noted
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """One request under way. Times are seconds of the loop's clock."""
 
@@ -90,13 +90,18 @@ class Requests:
         for name in ("requests", "finished", "failed", "refused", "cancelled", "tokens"):
             counters.setdefault(name, 0)
 
+    @property
+    def full(self) -> bool:
+        """Whether the next request would be refused for want of room."""
+        return len(self.waiting) >= QUEUE_MAX
+
     def generate(self, client: bytes, message: wire.Generate, now: float) -> list[Decision]:
         """A request arrives: it is queued or refused."""
         if self._find(client, message.request):
             self._count("bad_messages")  # a number in use: which one would an answer be for?
             return []
         try:
-            if len(self.waiting) >= QUEUE_MAX:
+            if self.full:
                 raise Refusal(f"the queue is full ({QUEUE_MAX} waiting); try again later")
             prompt = self._prompts.read(message.prompt)
         except Refusal as refusal:
@@ -118,10 +123,14 @@ class Requests:
         self._count("requests")
         self.waiting.append(request)
         fields = {"prompt_tokens": len(prompt), "waiting": len(self.waiting)}
-        return [Noted("admitted", {"request": request.number} | fields)]
+        noted = Noted("admitted", {"request": request.number} | fields)
+        return [noted, *self._signs_of_life([request], now)]
 
     def refuse(self, client: bytes, client_number: int, reason: str) -> list[Decision]:
         """The request never begins."""
+        if self._find(client, client_number):
+            self._count("bad_messages")  # the one that has the number goes on
+            return []
         self._count("requests")
         self._count("refused")
         failed = wire.Failed(client_number, "gateway", reason, True)
@@ -209,15 +218,16 @@ class Requests:
     def tick(self, now: float) -> list[Decision]:
         """What the time asks for: signs of life, and the end of closing requests."""
         decisions: list[Decision] = []
-        for ahead, request in enumerate(self._under_way()):
+        for request in self._under_way():
             if request.closing and now >= request.close_by:
                 stats = self._own_stats(request, now)
                 decisions += self._finish(request, request.closing, stats, now)
-            elif now - request.said >= WAITING_EVERY_S:
-                request.said = now
-                waiting = wire.Waiting(request.client_number, ahead)
-                decisions.append(ToClient(request.client, waiting))
-        return decisions
+        quiet = [r for r in self._under_way() if now - r.said >= WAITING_EVERY_S]
+        return decisions + self._signs_of_life(quiet, now)
+
+    def probe(self, now: float) -> list[Decision]:
+        """A word to every waiting request: it finds the clients that are gone."""
+        return self._signs_of_life(list(self.waiting), now)
 
     def fail_all(self, service: str, reason: str, now: float) -> list[Decision]:
         """Nothing more will be computed: every request under way fails."""
@@ -225,6 +235,14 @@ class Requests:
         self.waiting.clear()
         self.running = None
         return [d for r in under_way for d in self._fail(r, service, reason, now)]
+
+    def _signs_of_life(self, requests: list[Request], now: float) -> list[Decision]:
+        under_way = self._under_way()
+        for request in requests:
+            request.said = now
+        return [
+            ToClient(r.client, wire.Waiting(r.client_number, under_way.index(r))) for r in requests
+        ]
 
     def _under_way(self) -> list[Request]:
         running = [self.running] if self.running and not self.running.over else []

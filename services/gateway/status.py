@@ -12,13 +12,14 @@ from common.limits import QUEUE_MAX
 from common.plan import Plan
 from common.store.store import Store
 from services.gateway.health import Watch
+from services.gateway.prompts import Prompts
 from services.gateway.requests import Requests
 
 
 class Report:
     """What does not change in a server's life, made once; `make` adds what does."""
 
-    def __init__(self, settings: Settings, store: Store, plan: Plan):
+    def __init__(self, settings: Settings, store: Store, plan: Plan, prompts: Prompts):
         shape = store.geometry
         self._fixed = {
             "store": {
@@ -30,6 +31,11 @@ class Report:
                 "hidden": shape.hidden,
                 "dtype": shape.dtype,
                 "ffn_bytes": shape.ffn_bytes,
+            },
+            "model": {
+                "vocabulary": prompts.vocabulary,
+                "tokenizer": prompts.tokenizer is not None,
+                "chat_template": prompts.has_chat_template,
             },
             "plan": _plain(dataclasses.asdict(plan)),
             "settings": _plain(dataclasses.asdict(settings)),

@@ -60,6 +60,8 @@ def open_files(paths: Sequence[Path], *, direct: bool) -> list[int]:
     try:
         for path in paths:
             files.append(os.open(path, flags))
+            if not direct and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(files[-1], 0, 0, os.POSIX_FADV_RANDOM)  # read nothing ahead
     except OSError:
         close_files(files)
         raise
@@ -69,6 +71,13 @@ def open_files(paths: Sequence[Path], *, direct: bool) -> list[int]:
 def close_files(files: Sequence[int]) -> None:
     for file in files:
         os.close(file)
+
+
+def forget_pages(file: int, offset: int, size: int) -> None:
+    """Drops what a buffered read left in the page cache: it is charged to us, and the memory that
+    we may use is in the slots."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def short_read(got: int, expected: int) -> str:

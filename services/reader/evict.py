@@ -7,6 +7,8 @@ import numpy.typing as npt
 
 Slots = npt.NDArray[np.int32]
 
+_NEVER = np.iinfo(np.int64).max  # later than any token: what is held comes last
+
 
 def evict(
     last_used: npt.NDArray[np.int64],
@@ -23,13 +25,10 @@ def evict(
     None: none does), then the least recently used, until `want` slots are given up or none is left.
     Returns int32 [given up], in no order.
     """
-    candidates = np.flatnonzero(~held).astype(np.int32)
-    unused = now - last_used[candidates]
-    outside = 0 if window is None else int(np.count_nonzero(unused > window))
+    used = np.where(held, _NEVER, last_used)
+    outside = 0 if window is None else int(np.count_nonzero(used < now - window))
     # The longest unused are both those outside the window and the next to go: one cut does both.
-    count = min(max(want, outside), len(candidates))
-    if count == len(candidates):
-        return candidates
+    count = min(max(want, outside), len(held) - int(np.count_nonzero(held)))
     if count == 0:
-        return candidates[:0]
-    return candidates[np.argpartition(-unused, count - 1)[:count]]
+        return np.empty(0, np.int32)
+    return np.argpartition(used, count - 1)[:count].astype(np.int32)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import zmq
@@ -144,7 +143,7 @@ class Reader:
         path = self._store.bundle_path(layer)
         return (
             f"layer {layer} neuron {neuron} ({path.parent.name}/{path.name}): {what};"
-            f" run inflash verify {Path(self._service.settings.store)}"
+            f" run inflash verify {self._service.settings.store}"
         )
 
     def _send(self, messages: Iterable[Resident | Unreadable]) -> None:

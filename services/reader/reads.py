@@ -39,10 +39,12 @@ def plan_reads(
     """The fewest reads that bring bundles `ids` (strictly ascending) into `slots` (same length),
     none larger than READ_BYTES_MAX or READ_BUNDLES_MAX (a bundle larger than that is one read)."""
     bundles_max = max(1, min(READ_BUNDLES_MAX, READ_BYTES_MAX // stride_bytes))
-    index = np.arange(len(ids))
-    run = np.ones(len(ids), np.bool_)
-    run[1:] = np.diff(ids) != 1
-    run_first = np.maximum.accumulate(np.where(run, index, 0))
-    firsts = np.flatnonzero((index - run_first) % bundles_max == 0)
-    offsets = ids[firsts].astype(np.int64) * stride_bytes
-    return Reads(offsets, np.append(firsts, len(ids)), slots, stride_bytes)
+    begins = np.ones(len(ids) + 1, np.bool_)  # the end begins nothing, and ends the last run
+    np.not_equal(ids[1:], ids[:-1] + 1, out=begins[1:-1])
+    firsts = np.flatnonzero(begins)
+    if (firsts[1:] - firsts[:-1]).max(initial=0) > bundles_max:
+        index = np.arange(len(ids) + 1)
+        run_first = np.maximum.accumulate(np.where(begins, index, 0))
+        firsts = np.flatnonzero((index - run_first) % bundles_max == 0)
+    offsets = ids[firsts[:-1]].astype(np.int64) * stride_bytes
+    return Reads(offsets, firsts, slots, stride_bytes)

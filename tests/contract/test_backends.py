@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import StoreError, UserError
 from services.reader.aio import Aio
 from services.reader.backends import Backend, Completion, Memory
 from services.reader.probe import choose_backend
@@ -204,3 +205,17 @@ def test_the_probe_takes_what_it_is_told(files, memory):
     choice = choose_backend("threads", files[0], memory)
     choice.backend.close()
     assert (choice.backend.name, choice.backend.direct) == ("threads", True)
+
+
+@pytest.mark.parametrize("setting", ["auto", "aio", "threads"])
+def test_the_probe_refuses_a_file_without_a_bundle(setting, tmp_path, memory):
+    path = tmp_path / "000.bundles"
+    path.write_bytes(bytes(STRIDE - 1))
+    with pytest.raises(StoreError, match="less than one bundle"):
+        choose_backend(setting, [path], memory)
+
+
+def test_the_probe_refuses_a_way_that_brings_other_bytes(files, memory, monkeypatch):
+    monkeypatch.setattr("services.reader.probe._read_buffered", lambda path, size: b"\1" * size)
+    with pytest.raises(UserError, match="aio cannot read .*bundle 0 came wrong"):
+        choose_backend("aio", files[0], memory)

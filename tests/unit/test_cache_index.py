@@ -43,6 +43,7 @@ class CacheIndex(RuleBasedStateMachine):
         self.memory = np.full(sum(slots), NONE)  # which neuron's bytes lie in each slot
         self.step = 0
         self.clock = 0
+        self.used: dict[tuple[int, int], int] = {}  # token of the last use, by layer and neuron
         self.fetched: set[tuple[int, int]] = set()  # steps and layers
         self.groups: dict[int, Group] = {}
         self.held: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # (id, slot) by part
@@ -62,9 +63,10 @@ class CacheIndex(RuleBasedStateMachine):
         message = Fetch(1, self.step, layer, 0, np.array(ids, "<i4").tobytes())
         self.left[self.step, layer] = len(ids)
         answers = self.fetches.take(message, 0)
-        self.see(answers)
         for answer in answers:
             self.check_hits(layer, answer, before[layer])
+            self.use(layer, np.frombuffer(answer.ids, "<i4"))
+        self.see(answers)
         self.go_on(before)
 
     @precondition(lambda self: self.groups)
@@ -145,9 +147,10 @@ class CacheIndex(RuleBasedStateMachine):
 
     @invariant()
     def what_is_held_is_not_touched(self) -> None:
-        for part in self.held.values() if hasattr(self, "held") else ():
+        for (_, layer, _), part in self.held.items() if hasattr(self, "held") else ():
             for neuron, slot in part:
                 assert self.memory[slot] == neuron
+                assert self.fetches.caches[layer].slot_of[neuron] >= 0, "held, but given up"
 
     @invariant()
     def index_and_slots_agree(self) -> None:
@@ -182,20 +185,27 @@ class CacheIndex(RuleBasedStateMachine):
         """Per layer, the tokens in which resident neurons that nobody holds were last used."""
         return [
             {
-                int(cache.neuron_of[slot]): int(cache.last_used[slot])
-                for slot in np.flatnonzero((cache.neuron_of != NONE) & (cache.pins == 0))
+                neuron: self.used[layer, neuron]
+                for neuron in cache.neuron_of[cache.pins == 0].tolist()
+                if neuron != NONE
             }
-            for cache in self.fetches.caches
+            for layer, cache in enumerate(self.fetches.caches)
         ]
+
+    def use(self, layer: int, ids: np.ndarray) -> None:
+        for neuron in ids.tolist():
+            self.used[layer, neuron] = self.clock
 
     def go_on(self, before: list[dict[int, int]]) -> None:
         """Begins what can begin, and checks what was given up for it."""
         for step in self.fetches.groups(0):
             if isinstance(step, Group):
                 self.groups[step.tag] = step
+                self.use(step.layer, step.ids)
                 self.memory[step.reads.slots] = SCRIBBLE
                 assert len(step.ids) <= max(1, self.fetches.caches[step.layer].slots // 2)
             else:
+                self.use(step.layer, np.frombuffer(step.ids, "<i4"))
                 self.see([step])
         for layer, was in enumerate(before):
             self.check_given_up(layer, was)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,9 +49,7 @@ def test_offsets_beyond_two_gigabytes():
     assert as_tuples([1 << 20], 1 << 16)[0][0] == 1 << 36
 
 
-@given(
-    st.sets(st.integers(0, 3000)).map(sorted), st.sampled_from([4096, 8192, 1 << 18, 3 * 4096])
-)
+@given(st.sets(st.integers(0, 3000)).map(sorted), st.sampled_from([4096, 8192, 1 << 18, 3 * 4096]))
 def test_every_bundle_is_read_once_into_its_slot(ids: list[int], stride: int) -> None:
     reads = as_tuples(ids, stride)
     found = [
@@ -62,6 +62,6 @@ def test_every_bundle_is_read_once_into_its_slot(ids: list[int], stride: int) ->
         assert offset % stride == 0
         assert length == len(slots) * stride <= max(READ_BYTES_MAX, stride)
         assert len(slots) <= READ_BUNDLES_MAX
-    for (offset, length, _), (following, _, _) in zip(reads, reads[1:], strict=False):
+    for (offset, length, _), (following, _, _) in itertools.pairwise(reads):
         full = length + stride > READ_BYTES_MAX or length == READ_BUNDLES_MAX * stride
         assert offset + length < following or full, "neighbours are merged"

@@ -1,0 +1,280 @@
+"""Conversion: a Hugging Face checkpoint becomes a store, job by job, with bounded memory.
+
+The plan is made, and everything that can be refused is refused, before a byte is written. Then each
+layer's bundles and resident tensors, what lies around the layers, the configuration, and the
+manifest. Who shows the progress decides how: see `Report`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import AutoTokenizer, GenerationConfig
+
+from common.errors import StoreError
+from common.model.bundling import write_bundles
+from common.model.checkpoint import Checkpoint, open_checkpoint
+from common.model.layout import Layout, header_of, make_layout
+from common.store.manifest import (
+    CONFIG_DIR,
+    FileEntry,
+    Manifest,
+    bundle_file,
+    checksum_file,
+)
+from common.store.partial import Partial, open_partial, partial_bytes, refuse_existing
+from common.store.store import Store
+from common.store.tensors import Tensor
+
+COPY_BYTES = 16 << 20
+_CONFIG_BYTES = 32 << 20  # room on the drive for configuration, tokenizer and manifest
+
+
+class Report(Protocol):
+    """Who is told how a conversion goes."""
+
+    def start(self, total_bytes: int, done_bytes: int) -> None: ...
+    def advance(self, written_bytes: int) -> None: ...
+    def note(self, sentence: str) -> None: ...
+
+
+class Silent:
+    """A report that tells nobody."""
+
+    def start(self, total_bytes: int, done_bytes: int) -> None: ...
+    def advance(self, written_bytes: int) -> None: ...
+    def note(self, sentence: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will make; sizes in bytes."""
+
+    source: str
+    family: str
+    activation: str
+    layers: int
+    neurons: int  # per layer
+    hidden: int
+    dtype: str
+    bundle_bytes: int
+    stride_bytes: int
+    padding_share: float  # of the bundle files
+    ffn_bytes: int
+    resident_bytes: int
+    disk_needed_bytes: int
+    disk_free_bytes: int
+    tokenizer: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion made."""
+
+    store: str
+    id: str
+    bytes_written: int
+    bytes_resumed: int  # were there from an interrupted run
+    seconds: float
+
+
+def plan_conversion(src: Path, dst: Path) -> Plan:
+    """The plan for converting `src` into `dst`; `StoreError` says why there is none."""
+    checkpoint, layout = _prepare(src)
+    return _plan(checkpoint, layout, dst)
+
+
+def convert(src: Path, dst: Path, report: Report | None = None) -> Result:
+    """Converts the checkpoint in `src` into the store `dst`, or goes on where a run was stopped.
+
+    Peak memory is bounded whatever the model's size. Stopped at any moment, it leaves `dst` absent
+    and `dst`.partial to resume from. `StoreError` says why it cannot be done.
+    """
+    report = report or Silent()
+    try:
+        return _convert(src, dst, report)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = ": free some space and run the same command again to resume" if full else ""
+        where = f" ({error.filename})" if error.filename else ""
+        raise StoreError(f"conversion stopped: {error.strerror or error}{where}{hint}") from None
+
+
+def _prepare(src: Path) -> tuple[Checkpoint, Layout]:
+    checkpoint = open_checkpoint(src)
+    return checkpoint, make_layout(checkpoint)
+
+
+def _plan(checkpoint: Checkpoint, layout: Layout, dst: Path) -> Plan:
+    geometry, activation = layout.geometry, layout.activation
+    threshold = f" above {activation.threshold}" if activation.threshold else ""
+    existing = next(p for p in dst.absolute().parents if p.exists())
+    return Plan(
+        source=str(checkpoint.folder),
+        family=layout.family.name,
+        activation=activation.name + threshold,
+        layers=geometry.layers,
+        neurons=geometry.neurons,
+        hidden=geometry.hidden,
+        dtype=geometry.dtype,
+        bundle_bytes=geometry.bundle_bytes,
+        stride_bytes=geometry.stride_bytes,
+        padding_share=1 - geometry.bundle_bytes / geometry.stride_bytes,
+        ffn_bytes=geometry.ffn_bytes,
+        resident_bytes=layout.resident_bytes,
+        disk_needed_bytes=layout.total_bytes + _CONFIG_BYTES,
+        disk_free_bytes=shutil.disk_usage(existing).free + partial_bytes(dst),
+        tokenizer=checkpoint.has_tokenizer,
+    )
+
+
+def _convert(src: Path, dst: Path, report: Report) -> Result:
+    checkpoint, layout = _prepare(src)
+    refuse_existing(dst)
+    plan = _plan(checkpoint, layout, dst)
+    if plan.disk_needed_bytes > plan.disk_free_bytes:
+        raise StoreError(
+            f"too little disk at {dst.parent}: {plan.disk_needed_bytes:,} bytes needed,"
+            f" {plan.disk_free_bytes:,} free"
+        )
+    started = time.monotonic()
+    with open_partial(dst, checkpoint.fingerprint()) as partial:
+        resumed = partial.done_bytes
+        _tell(checkpoint, layout, partial, report)
+        for name, run in _jobs(checkpoint, layout):
+            if name not in partial.done:
+                entries: list[FileEntry] = []
+                run(partial, entries, report.advance)
+                partial.finish(name, entries)
+        manifest = _manifest(checkpoint, layout, partial)
+        partial.publish(manifest.to_json())
+        total = partial.done_bytes
+    store = Store.open(dst)
+    return Result(str(dst), store.id, total - resumed, resumed, time.monotonic() - started)
+
+
+def _tell(checkpoint: Checkpoint, layout: Layout, partial: Partial, report: Report) -> None:
+    if partial.started_over:
+        report.note(f"{partial.folder} was begun from another checkpoint or format: starting over")
+    elif partial.done:
+        report.note(f"resuming: {partial.done_bytes:,} bytes are there already")
+    if layout.unused:
+        shown = ", ".join(layout.unused[:3]) + (", ..." if len(layout.unused) > 3 else "")
+        report.note(f"{len(layout.unused)} tensors have no place in the model: {shown}")
+    if not checkpoint.has_tokenizer:
+        report.note("the checkpoint has no tokenizer: the store will take token ids only")
+    report.start(layout.total_bytes, min(partial.done_bytes, layout.total_bytes))
+
+
+Advance = Callable[[int], None]
+Job = Callable[[Partial, list[FileEntry], Advance], None]
+
+
+def _jobs(checkpoint: Checkpoint, layout: Layout) -> Iterator[tuple[str, Job]]:
+    """Named pieces of work, in order. A job's files are journalled together."""
+
+    def bundles(layer: int) -> Job:
+        return lambda partial, entries, advance: _write_layer(
+            layout, layer, partial, entries, advance
+        )
+
+    def tensors(path: str, named: Mapping[str, Tensor]) -> Job:
+        return lambda partial, entries, advance: _write_tensors(
+            path, named, partial, entries, advance
+        )
+
+    for layer in range(layout.geometry.layers):
+        yield f"bundles of layer {layer}", bundles(layer)
+    for path, named in layout.safetensors.items():
+        yield path, tensors(path, named)
+    yield CONFIG_DIR, lambda partial, entries, _: _write_config(checkpoint, partial, entries)
+
+
+def _write_layer(
+    layout: Layout, layer: int, partial: Partial, entries: list[FileEntry], advance: Advance
+) -> None:
+    with partial.file(bundle_file(layer), entries) as sink:
+
+        def write(data: memoryview) -> None:
+            sink.write(data)
+            advance(len(data))
+
+        checksums = write_bundles(layout.weights[layer], layout.geometry, write)
+    with partial.file(checksum_file(layer), entries) as sink:
+        sink.write(checksums.tobytes())
+        advance(checksums.nbytes)
+
+
+def _write_tensors(
+    path: str,
+    named: Mapping[str, Tensor],
+    partial: Partial,
+    entries: list[FileEntry],
+    advance: Advance,
+) -> None:
+    """A safetensors file, its tensors copied in blocks."""
+    buffer = memoryview(bytearray(COPY_BYTES))
+    with partial.file(path, entries) as sink:
+        header = header_of(named)
+        sink.write(header)
+        advance(len(header))
+        for tensor in named.values():
+            for start in range(0, tensor.nbytes, COPY_BYTES):
+                part = buffer[: min(COPY_BYTES, tensor.nbytes - start)]
+                tensor.read_into(part, start)
+                sink.write(part)
+                advance(len(part))
+
+
+def _write_config(checkpoint: Checkpoint, partial: Partial, entries: list[FileEntry]) -> None:
+    with tempfile.TemporaryDirectory(prefix="config.", dir=partial.folder) as scratch:
+        _make_config(checkpoint, Path(scratch))
+        for path in sorted(Path(scratch).iterdir()):
+            with partial.file(f"{CONFIG_DIR}/{path.name}", entries) as sink:
+                sink.write(path.read_bytes())
+
+
+def _make_config(checkpoint: Checkpoint, folder: Path) -> None:
+    """config.json, generation_config.json and the tokenizer's files, in `folder`."""
+    if checkpoint.has_tokenizer:
+        _make_tokenizer(checkpoint.folder, folder)
+    # Code that a checkpoint brings along is never run, so the store does not name it.
+    config = {k: v for k, v in checkpoint.config_json.items() if k != "auto_map"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = checkpoint.folder / "generation_config.json"
+    if generation.is_file():
+        (folder / generation.name).write_bytes(generation.read_bytes())
+    else:
+        GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
+
+
+def _make_tokenizer(source: Path, folder: Path) -> None:
+    """Every form of tokenizer becomes tokenizer.json, the one that the gateway reads."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # transformers and tokenizers raise errors of any kind
+        reason = " ".join(str(error).split())
+        raise StoreError(f"the tokenizer in {source} cannot be loaded: {reason}") from None
+    if not (folder / "tokenizer.json").is_file():
+        raise StoreError(f"the tokenizer in {source} has no fast form (tokenizer.json)")
+
+
+def _manifest(checkpoint: Checkpoint, layout: Layout, partial: Partial) -> Manifest:
+    entries = [e for name, _ in _jobs(checkpoint, layout) for e in partial.done[name]]
+    return Manifest(
+        family=layout.family.name,
+        activation=layout.activation,
+        geometry=layout.geometry,
+        source=checkpoint.folder.absolute().name,
+        source_files=tuple(path.name for path in checkpoint.weight_files),
+        files=tuple(entries),
+    )

@@ -1,0 +1,98 @@
+"""The server's report as tables. The only module that needs rich."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+STATE_STYLES = {"ready": "green", "starting": "yellow", "failing": "red", "lost": "red"}
+
+Report = Mapping[str, Any]
+
+
+def show(report: Report) -> None:
+    """Prints the report."""
+    Console().print(tables(report))
+
+
+def show_live(ask: Callable[[], Report]) -> None:
+    """Shows the report of every second until Ctrl-C."""
+    with Live(tables(ask()), auto_refresh=False) as live:
+        while True:
+            try:
+                time.sleep(1.0)
+                live.update(tables(ask()), refresh=True)
+            except KeyboardInterrupt:
+                return
+
+
+def tables(report: Report) -> RenderableType:
+    """All of the report."""
+    store = report["store"]
+    heading = Text.assemble("server ", _state(report["state"]), f" · {store['path']}")
+    return Group(heading, _services(report["services"]), _facts(report))
+
+
+def _services(services: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("service", "state"):
+        table.add_column(name)
+    for name in ("pid", "uptime"):
+        table.add_column(name, justify="right")
+    table.add_column("counters", style="dim")
+    for name, service in services.items():
+        counters = ", ".join(f"{k} {v:,}" for k, v in service["counters"].items() if v)
+        pid = "" if service["pid"] is None else str(service["pid"])
+        table.add_row(name, _state(service["state"]), pid, _time(service["uptime_s"]), counters)
+    return table
+
+
+def _facts(report: Report) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    store, plan, queue = report["store"], report["plan"], report["queue"]
+    settings, counters = report["settings"], report["counters"]
+    table.add_row(
+        "store",
+        f"{store['family']}, {store['layers']} layers × {store['neurons']:,} neurons,"
+        f" {store['dtype']}, FFN {_bytes(store['ffn_bytes'])}, id {store['id']}",
+    )
+    parts = [f"{k.removesuffix('_bytes')} {_bytes(v)}" for k, v in plan.items() if _is_bytes(k)]
+    table.add_row("plan", f"{', '.join(parts)}, context {plan.get('context', 0):,} tokens")
+    window = settings["window"] if settings["window"] is not None else "auto"
+    table.add_row("settings", f"predictor {settings['predictor']}, window {window}")
+    table.add_row(
+        "queue",
+        f"{queue['running']} running, {queue['waiting']} waiting (at most {queue['max']})",
+    )
+    table.add_row("requests", ", ".join(f"{k} {v:,}" for k, v in counters.items()))
+    return table
+
+
+def _is_bytes(key: str) -> bool:
+    return key.endswith("_bytes")
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=STATE_STYLES.get(state, ""))
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
