@@ -20,7 +20,7 @@ from honcho.environ import parse_procfile
 from common.config import read_settings
 from common.errors import UserError
 from common.lifecycle import claim
-from common.limits import HEALTH_LOST_S, POLL_S, START_S, STOP_S
+from common.limits import HEALTH_EVERY_S, HEALTH_LOST_S, POLL_S, START_S, STOP_S
 from common.links import LINKS
 from common.messages import SERVICES
 from common.segment import segment_path
@@ -44,6 +44,8 @@ class Server:
         self.environ["INFLASH_PARENT"] = str(os.getpid())
         self._output = subprocess.DEVNULL if quiet else None
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._client: Client | None = None
+        self._next_look = 0.0
 
     def start(self, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Starts the services and returns when all are ready; `UserError` if one ends first, or
@@ -80,15 +82,28 @@ class Server:
             time.sleep(POLL_S)
         raise UserError(f"the services were not ready within {START_S:.0f} s (limit START_S)")
 
-    def state(self) -> str:
+    def state(self, timeout_s: float = 1.0) -> str:
         """The server's own word on its state: starting, ready or failing; "" if it has none."""
-        if not (self.run_dir / f"{CLIENT_LINK}.ipc").exists():
-            return ""
         try:
-            with Client(self.run_dir, timeout=1.0) as client:
-                return str(client.status()["state"])
+            if self._client is None:
+                self._client = Client(self.run_dir)
+            self._client.timeout = timeout_s
+            return str(self._client.status()["state"])
         except InflashError:
             return ""
+
+    def lost(self) -> tuple[str, str] | None:
+        """The service that a ready server has lost, and why; None while all is well. The gateway
+        watches the others; that it answers itself is watched here."""
+        if ended := self.ended():
+            return ended
+        now = time.monotonic()
+        if now < self._next_look:
+            return None
+        self._next_look = now + HEALTH_EVERY_S
+        if self.state(HEALTH_LOST_S):
+            return None
+        return self.ended() or ("gateway", f"did not answer within {HEALTH_LOST_S} s")
 
     def ended(self) -> tuple[str, str] | None:
         """The first service that has ended by now, and how; None while all run."""
@@ -105,6 +120,9 @@ class Server:
     def stop(self) -> None:
         """Ends every service: SIGTERM, then SIGKILL after STOP_S; then clears what the killed
         left."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
         if not self.processes:
             return
         for process in self.processes.values():

@@ -63,11 +63,11 @@ class Link:
         self.socket.setsockopt(zmq.MAXMSGSIZE, WIRE_BYTES_MAX)
         self.socket.set_hwm(LINK_MESSAGES_MAX)
         self.socket.setsockopt(zmq.LINGER, 0)
-        address = endpoint(run_dir, name)
+        self._bound = run_dir / f"{name}.ipc" if receive else None
         if receive:
-            self.socket.bind(address)
+            self.socket.bind(endpoint(run_dir, name))
         else:
-            self.socket.connect(address)
+            self.socket.connect(endpoint(run_dir, name))
 
     def send(self, message: Any, timeout_s: float = SEND_S) -> None:
         """Sends, waiting at most `timeout_s` for room; `LinkError` says who did not take it."""
@@ -98,6 +98,8 @@ class Link:
 
     def close(self) -> None:
         self.socket.close()
+        if self._bound is not None:  # ZeroMQ does it too, but later than a process may live
+            self._bound.unlink(missing_ok=True)
 
     def __enter__(self) -> Link:
         return self

@@ -29,6 +29,7 @@ class _Bar:
     """A progress bar on stderr that starts at what was done already."""
 
     def __init__(self) -> None:
+        self._started = False
         self._progress = Progress(
             TextColumn("converting"),
             BarColumn(),
@@ -39,6 +40,7 @@ class _Bar:
         )
 
     def start(self, total_bytes: int, done_bytes: int) -> None:
+        self._started = True
         self._progress.start()
         self._task = self._progress.add_task("", total=total_bytes, completed=done_bytes)
 
@@ -49,7 +51,8 @@ class _Bar:
         _ERR.print(sentence, soft_wrap=True)
 
     def stop(self) -> None:
-        self._progress.stop()
+        if self._started:  # it would print an empty line before a refusal
+            self._progress.stop()
 
 
 @click.command()

@@ -50,8 +50,8 @@ def serve(options: dict[str, str]) -> int:
         if not stopping:
             print(line, flush=True)
         while not stopping:
-            if ended := server.ended():
-                print(f"error: {' '.join(ended)}; the server stops", file=sys.stderr)
+            if lost := server.lost():
+                print(f"error: {' '.join(lost)}; the server stops", file=sys.stderr)
                 server.let_gateway_say_why()
                 return 1
             time.sleep(POLL_S)

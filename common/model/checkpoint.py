@@ -87,10 +87,10 @@ def _load_config(folder: Path) -> Any:
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     for single, index in zip(_SINGLE, _INDEX, strict=True):
+        if (folder / single).is_file():  # transformers' own order
+            return (folder / single,)
         if (folder / index).is_file():
             return _shards(folder / index)
-        if (folder / single).is_file():
-            return (folder / single,)
     raise StoreError(
         f"{folder} has no weights: none of {', '.join(_SINGLE)} nor an index of shards"
     )

@@ -7,6 +7,7 @@ manifest. Who shows the progress decides how: see `Report`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
@@ -88,8 +89,8 @@ class Result:
 
 def plan_conversion(src: Path, dst: Path) -> Plan:
     """The plan for converting `src` into `dst`; `StoreError` says why there is none."""
-    checkpoint, layout = _prepare(src)
-    return _plan(checkpoint, layout, dst)
+    with _sentences():
+        return _plan(*_prepare(src), dst)
 
 
 def convert(src: Path, dst: Path, report: Report | None = None) -> Result:
@@ -98,9 +99,15 @@ def convert(src: Path, dst: Path, report: Report | None = None) -> Result:
     Peak memory is bounded whatever the model's size. Stopped at any moment, it leaves `dst` absent
     and `dst`.partial to resume from. `StoreError` says why it cannot be done.
     """
-    report = report or Silent()
+    with _sentences():
+        return _convert(src, dst, report or Silent())
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """What the operating system refuses (no room, no permission), as a sentence for the user."""
     try:
-        return _convert(src, dst, report)
+        yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = ": free some space and run the same command again to resume" if full else ""

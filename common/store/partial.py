@@ -148,6 +148,7 @@ def open_partial(dst: Path, fingerprint: str) -> Iterator[Partial]:
 
 
 def partial_of(dst: Path) -> Path:
+    dst = dst.absolute()  # "." has no name
     return dst.with_name(dst.name + PARTIAL_SUFFIX)
 
 

@@ -91,7 +91,9 @@ class Gateway:
             self._do(self._requests.tick(time.monotonic()))
 
     def fail_all(self, service: str, reason: str) -> None:
-        """Ends every request under way, naming who failed it."""
+        """Ends every request under way, naming who failed it; those just arriving too."""
+        for client, message in self._clients.receive():
+            self._do(self._answer(client, message, time.monotonic()))
         self._do(self._requests.fail_all(service, reason, time.monotonic()))
 
     def _hear_services(self) -> None:

@@ -217,5 +217,5 @@ def test_the_probe_refuses_a_file_without_a_bundle(setting, tmp_path, memory):
 
 def test_the_probe_refuses_a_way_that_brings_other_bytes(files, memory, monkeypatch):
     monkeypatch.setattr("services.reader.probe._read_buffered", lambda path, size: b"\1" * size)
-    with pytest.raises(UserError, match="aio cannot read .*bundle 0 came wrong"):
+    with pytest.raises(UserError, match=r"aio cannot read .*bundle 0 came wrong"):
         choose_backend("aio", files[0], memory)

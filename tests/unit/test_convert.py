@@ -102,6 +102,13 @@ def test_every_format_makes_the_same_bundles(kind: str, tmp_path: Path) -> None:
     assert_store_holds(Store.open(tmp_path / "store"), source_weights(src))
 
 
+def test_safetensors_are_preferred(tmp_path: Path) -> None:
+    src = make_checkpoint(tmp_path / "src", "opt")
+    (src / "pytorch_model.bin").write_bytes(b"not read")
+    convert(src, tmp_path / "store")
+    assert Store.open(tmp_path / "store").manifest.source_files == ("model.safetensors",)
+
+
 @pytest.mark.parametrize("change", ["without", "doubled"])
 def test_old_names_with_and_without_the_leading_model(change: str, tmp_path: Path) -> None:
     src = make_checkpoint(tmp_path / "src", "opt", "float16")
@@ -222,13 +229,11 @@ REFUSALS: dict[str, tuple[Any, str]] = {
         "corrupt safetensors header",
     ),
     "shard that is not there": (
-        lambda s: (s / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "model-1.safetensors"}})
-        ),
+        lambda s: make_index(s, {"weight_map": {"a": "model-1.safetensors"}}),
         r"names model-1\.safetensors, which is not in the folder",
     ),
     "index without map": (
-        lambda s: (s / "model.safetensors.index.json").write_text("{}"),
+        lambda s: make_index(s, {}),
         "has no weight_map",
     ),
     "broken tokenizer": (
@@ -240,6 +245,11 @@ REFUSALS: dict[str, tuple[Any, str]] = {
 
 def truncate(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
+
+
+def make_index(src: Path, content: dict[str, Any]) -> None:
+    (src / "model.safetensors").unlink()
+    (src / "model.safetensors.index.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("case", REFUSALS)

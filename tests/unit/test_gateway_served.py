@@ -181,6 +181,7 @@ def test_a_queue_full_of_clients_that_are_gone_is_not_full(served: Served) -> No
         admit = served.peers.expect(messages.Admit)
         for _ in range(QUEUE_MAX):
             client.generate([6])
+        assert client.status()["queue"]["waiting"] == QUEUE_MAX
         client.close()
         last = other.generate([7])
         served.peers.done(admit.request)
@@ -219,6 +220,7 @@ def assert_lost(served: Served, service: str, reason: str, cause: Any) -> None:
     """After `cause`, running and waiting requests fail in time and the gateway ends with 1."""
     with served.client() as client:
         generations = [client.generate([5]) for _ in range(2)]
+        assert client.status()["queue"]["waiting"] == 1
         served.peers.expect(messages.Admit)
         begun = time.monotonic()
         cause()
@@ -269,6 +271,7 @@ def test_a_fault_alone_ends_nothing(served: Served) -> None:
 def test_a_stop_fails_what_is_under_way(served: Served) -> None:
     with served.client() as client:
         generations = [client.generate([5]) for _ in range(2)]
+        assert client.status()["queue"]["waiting"] == 1
         served.peers.expect(messages.Admit)
         served.process.terminate()
         for generation in generations:
