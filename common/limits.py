@@ -5,7 +5,6 @@ Units are last in the name. A bound that a user may want to change is a setting 
 
 # Requests
 QUEUE_MAX = 16  # admitted and waiting, beside the one that runs
-PROMPT_TOKENS_MAX = 1 << 20
 
 # A step
 PREFILL_ROWS_MAX = 512  # tokens of a prompt in one step
@@ -18,6 +17,9 @@ READ_BUNDLES_MAX = 256  # one merged read; IOV_MAX is 1024
 PART_BUNDLES_MIN = 64  # parts smaller than this cost more in messages than they hide
 PART_BYTES_MAX = 8 << 20  # of a streamed layer: one part is multiplied while the next lands
 PARTS_IN_FLIGHT_MAX = 4  # of one fetch
+FETCHES_MAX = 1024  # under way, or with a part not released
+STEPS_KEPT = 64  # step numbers by which a new step is told from one that goes on
+PROBE_S = 5.0  # longest wait for the bundle by which a backend is probed
 ALIGN_BYTES = 4096  # direct reads: offset, length and memory are multiples of this
 
 # Messages
@@ -37,7 +39,13 @@ SEND_S = 2.0  # a peer that does not take a message for this long has stalled
 PART_S = 4.0  # compute's longest wait for the next part of a layer
 START_S = 120.0  # from launch to Ready: a large model's resident weights are read in it
 STOP_S = 3.0  # from the signal to the end of a service; then it is killed
-CLIENT_LOST_S = 3.0  # a client or gateway whose connection is silent for this long is gone
+HANG_S = 60.0  # a loop that does not turn for so long; one matrix product takes less
+SLEPT_S = 5 * POLL_S  # a gap between the gateway's own looks in which it was the one that slept
+WAITING_EVERY_S = 1.0  # a request with nothing else to say says that it is alive
+CLOSE_S = 2.0  # a cancelled request's client waits this long for compute's figures
+CLIENT_HEARTBEAT_S = 1.0  # ZeroMQ's own, on the clients' connections
+CLIENT_LOST_S = 3.0  # a client whose connection is silent for this long is gone
+CLIENT_LINGER_S = 0.5  # at the end: the last words reach the clients' sockets
 
 assert READ_BYTES_MAX % ALIGN_BYTES == 0
 assert READ_BYTES_MAX <= PART_BYTES_MAX
@@ -45,4 +53,8 @@ assert MESSAGE_BYTES_MAX <= WIRE_BYTES_MAX
 assert 4 * HEALTH_EVERY_S < HEALTH_LOST_S, "one late heartbeat is no loss"
 assert HEALTH_LOST_S + POLL_S < 5.0, "a lost service fails its requests within 5 s"
 assert PART_S + POLL_S < 5.0
+assert SLEPT_S < HEALTH_LOST_S
+assert CLOSE_S + CLIENT_LINGER_S <= STOP_S
+assert 2 * CLIENT_HEARTBEAT_S < CLIENT_LOST_S
+assert FETCHES_MAX <= LINK_MESSAGES_MAX
 assert PART_S > HEALTH_LOST_S, "a dead reader is named by its silence, not by compute's wait"

@@ -34,10 +34,11 @@ class Sampling:
     def __post_init__(self) -> None:
         bounds = [
             ("max_new_tokens", 1 <= self.max_new_tokens <= 2**31, "at least 1"),
-            ("temperature", 0.0 <= self.temperature <= 100.0, "from 0 to 100"),
+            # Not between: a quotient that overflows is no distribution any more.
+            ("temperature", _zero_or_fair(self.temperature), "0 (greedy), or from 0.01 to 100"),
             ("top_k", 0 <= self.top_k <= 2**31, "0 (all) or more"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty <= 100.0, "above 0, at most 100"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "from 0.01 to 100"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
             ("stop", all(0 < len(s) <= 256 for s in self.stop), "1 to 256 characters each"),
             ("stop", len(self.stop) <= 16, "at most 16 texts"),
@@ -45,6 +46,10 @@ class Sampling:
         for name, holds, rule in bounds:
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r:.60}: it must be {rule}")
+
+
+def _zero_or_fair(temperature: float) -> bool:
+    return temperature == 0.0 or 0.01 <= temperature <= 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

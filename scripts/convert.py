@@ -71,7 +71,7 @@ def main(src: Path, dst: Path, dry_run: bool, as_json: bool) -> None:
         else:
             _convert(src, dst, as_json)
     except UserError as error:
-        _ERR.print(f"inflash convert: {error}", style="red", markup=False, soft_wrap=True)
+        _ERR.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         kept = f"{partial_of(dst)} is kept" if partial_of(dst).is_dir() else "nothing was written"

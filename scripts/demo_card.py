@@ -60,7 +60,8 @@ pre-activation is above 0.
 | schedule | by the clock: warm-up 2 %, constant, linear to 1 % over the last {decay_share:.0%} |
 | sparsity | mean over rms of each layer's activations as a penalty, its coefficient per layer set |
 | | by a controller; targets {target_first:.1%} in layer 0 and {target_rest:.1%} in the others |
-| split tokens | {split_share:.0%} of ` name` tokens are split, so that `def ` can be a prompt |
+| split tokens | {split_share:.0%} of ` name` tokens, {split_share_keyword:.0%} after a keyword, |
+| | are cut after the space, so that a prompt can end in one: `def ` |
 | seed | {seed} |
 
 Made by (the schedule goes by the clock and the text is what is installed, so another machine

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import keyword
 import sysconfig
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -54,7 +55,8 @@ class Settings:
     decay_share: float = 0.5
     target_first: float = 0.10  # active fraction wanted in layer 0, and in the others
     target_rest: float = 0.075
-    split_share: float = 0.02
+    split_share: float = 0.02  # of ' name' tokens
+    split_share_keyword: float = 0.25  # of those after a keyword
     seed: int = 7
 
     def target(self, layer: int) -> float:
@@ -188,8 +190,13 @@ class Batches:
         self.space = vocab["Ġ"]
         self.rest = np.zeros(settings.vocab, dtype=np.uint16)
         for token, number in vocab.items():
-            if token.startswith("Ġ") and token[1:2].isalpha():
+            if token.startswith("Ġ") and token[1:2].isidentifier():
                 self.rest[number] = vocab.get(token[1:], 0)
+        self.share = np.full(settings.vocab, settings.split_share)
+        for word in keyword.kwlist:
+            for token in (word, f"Ġ{word}"):
+                if token in vocab:
+                    self.share[vocab[token]] = settings.split_share_keyword
 
     def take(self, step: int, length: int) -> torch.Tensor:
         """Token ids of (batch_tokens / length, length + 1)."""
@@ -199,8 +206,8 @@ class Batches:
             0, len(self.tokens) - length - 1, self.settings.batch_tokens // length
         ):
             row = self.tokens[start : start + length + 1].copy()
-            lot = rng.random(length + 1) < self.settings.split_share
-            where = np.flatnonzero(lot & (self.rest[row] > 0))
+            lot = rng.random(length) < self.share[row[:-1]]
+            where = 1 + np.flatnonzero(lot & (self.rest[row[1:]] > 0))
             row[where] = self.rest[row[where]]
             rows.append(np.insert(row, where, self.space)[: length + 1])
         return torch.from_numpy(np.stack(rows).astype(np.int64))

@@ -31,7 +31,7 @@ def main(store: Path, as_json: bool) -> None:
     try:
         findings = _verify(store)
     except UserError as error:
-        _ERR.print(f"inflash verify: {error}", style="red", markup=False, soft_wrap=True)
+        _ERR.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         _ERR.print("stopped before the end: nothing is proved")

@@ -7,6 +7,7 @@ format version, a file that is missing or has another size. `inflash verify` rea
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -109,6 +110,17 @@ class Store:
                 rows[first : first + len(taken)] = to_float32(raw, shape.dtype)
             forget_pages(file.fileno())
         return rows
+
+
+def read_end_ids(config_dir: Path) -> frozenset[int]:
+    """The model's end tokens: from generation_config.json where it names any, else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = config_dir / name
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        ids = config.get("eos_token_id")
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset()
 
 
 def bias_name(layer: int, part: str) -> str:

@@ -51,7 +51,7 @@ class Generation:
 
     admit: Admit
     step: Step
-    eos_ids: frozenset[int]
+    end_ids: frozenset[int]
     context: int  # tokens
     reason: str = "length"
     new_tokens: int = 0
@@ -75,7 +75,7 @@ class Generation:
             sequence[end] = token
             self._mark(count)
             yield Choice(token, logprob, logits)
-            if token in self.eos_ids and not self.admit.sampling.ignore_eos:
+            if token in self.end_ids and not self.admit.sampling.ignore_eos:
                 self.reason = "stop"
                 return
             if count < limit:

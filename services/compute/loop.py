@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import os
 import time
 from collections import deque
@@ -19,11 +18,12 @@ from common.lifecycle import Service
 from common.limits import POLL_S, QUEUE_MAX
 from common.messages import Abort, Admit, Done, Token
 from common.plan import make_plan
-from common.store.store import Store
+from common.store.store import Store, read_end_ids
+from services.compute.failures import StepAbortedError, StepFailedError
 from services.compute.generation import Generation
 from services.compute.kv import make_kv_cache
 from services.compute.model import load_model
-from services.compute.pipeline import Pipeline, StepAbortedError, StepFailedError
+from services.compute.pipeline import Pipeline
 from services.compute.waits import LayerWaits
 
 
@@ -48,7 +48,7 @@ class ComputeLoop:
         self._model = load_model(store, self._pipeline)
         self._vocabulary = int(self._model.config.vocab_size)
         self._kv = make_kv_cache(store.geometry.layers, self._context)
-        self._eos_ids = read_eos_ids(store)
+        self._end_ids = read_end_ids(store.config_dir)
         self._waiting: deque[Admit] = deque()
         self._aborted: set[int] = set()
         # Not from 1: a reader that outlived a server must not take our steps for its own.
@@ -85,7 +85,7 @@ class ComputeLoop:
     def _generate(self, admit: Admit) -> None:
         self._kv.reset()
         step = functools.partial(self._run_step, admit.request)
-        generation = Generation(admit, step, self._eos_ids, self._context)
+        generation = Generation(admit, step, self._end_ids, self._context)
         reason, failed_by, error = "", "", ""
         try:
             for choice in generation.tokens():
@@ -158,15 +158,3 @@ class ComputeLoop:
         )
         self._service.count("steps")
         self._service.count("stall_us", stall_ns // 1000)
-
-
-def read_eos_ids(store: Store) -> frozenset[int]:
-    """The model's end tokens: from generation_config.json where it names any, else config.json."""
-    for name in ("generation_config.json", "config.json"):
-        path = store.config_dir / name
-        if not path.exists():
-            continue
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()

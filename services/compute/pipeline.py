@@ -21,6 +21,7 @@ from common.limits import PART_S, POLL_S, PREDICT_ROWS_MAX, START_S
 from common.messages import Attached, Cache, Drop, Predict, Release, Resident, Unreadable
 from common.segment import attach_segment
 from common.store.geometry import Geometry
+from services.compute.failures import StepAbortedError, StepFailedError
 from services.compute.waits import LayerWaits
 
 TORCH_DTYPES = {
@@ -28,18 +29,6 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
-
-
-class StepFailedError(Exception):
-    """The step cannot be finished: a bundle is unreadable. Fails the request, not the service."""
-
-    def __init__(self, service: str, reason: str):
-        super().__init__(reason)
-        self.service = service
-
-
-class StepAbortedError(Exception):
-    """The request was cancelled, or the service is stopping."""
 
 
 @dataclass(frozen=True, slots=True)

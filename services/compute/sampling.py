@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from inflash._messages import Sampling
+from services.compute.failures import StepFailedError
 
 
 class Sampler:
@@ -40,7 +41,15 @@ class Sampler:
 
     def choose(self, tokens: torch.Tensor, logits: torch.Tensor) -> tuple[int, float]:
         """The next token after `tokens` int64 [count] by `logits` float32 [vocabulary], and its
-        log-probability before temperature, penalties and filters."""
+        log-probability before temperature, penalties and filters.
+
+        `StepFailedError` for logits that are no numbers: any token chosen by them would be wrong.
+        """
+        if not logits.isfinite().all():
+            raise StepFailedError(
+                "compute", f"the logits after {len(tokens)} tokens are not finite: the model"
+                " overflows its number format; convert a float32 or bfloat16 version of it"
+            )  # fmt: skip
         scores: torch.Tensor = self._processors(tokens[None], logits[None].clone())[0]  # type: ignore[arg-type]
         if self._greedy:
             token = int(scores.argmax())

@@ -9,6 +9,8 @@ from typing import Any, Self
 import zmq
 
 from common.limits import (
+    CLIENT_HEARTBEAT_S,
+    CLIENT_LINGER_S,
     CLIENT_LOST_S,
     LINK_MESSAGES_MAX,
     RECEIVE_BATCH_MAX,
@@ -17,9 +19,6 @@ from common.limits import (
 from inflash._messages import CLIENT_CODEC, CLIENT_MESSAGE_BYTES_MAX
 from inflash._rundir import CLIENT_LINK, endpoint
 from inflash._wire import BadMessage
-
-HEARTBEAT_MS = 1000
-LINGER_MS = 500  # at the end: the last words reach the clients' sockets
 
 
 class Clients:
@@ -35,9 +34,10 @@ class Clients:
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a client that is gone is an error
         self.socket.setsockopt(zmq.MAXMSGSIZE, WIRE_BYTES_MAX)
         self.socket.set_hwm(LINK_MESSAGES_MAX)
-        self.socket.setsockopt(zmq.LINGER, LINGER_MS)
-        self.socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-        self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(CLIENT_LOST_S * 1000) - HEARTBEAT_MS)
+        self.socket.setsockopt(zmq.LINGER, int(CLIENT_LINGER_S * 1000))
+        silent_ms = int((CLIENT_LOST_S - CLIENT_HEARTBEAT_S) * 1000)
+        self.socket.setsockopt(zmq.HEARTBEAT_IVL, int(CLIENT_HEARTBEAT_S * 1000))
+        self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, silent_ms)
         self.socket.bind(self._address)
 
     def receive(self) -> Iterator[tuple[bytes, Any]]:

@@ -11,12 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.limits import HEALTH_LOST_S, POLL_S, START_S
+from common.limits import HANG_S, HEALTH_LOST_S, SLEPT_S, START_S
 from common.messages import SERVICES, Fault, Health, Ready
 from inflash._wire import VERSION
-
-HANG_S = 60.0  # a loop that does not turn for so long; one matrix product takes less
-SLEPT_S = 5 * POLL_S  # a gap between our own looks in which it was we that slept
 
 OBSERVER = "gateway"
 

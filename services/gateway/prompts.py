@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from common.store.store import read_end_ids
 from services.gateway.chat import read_chat_template
 from services.gateway.refusal import Refusal
 
@@ -27,7 +27,7 @@ class Prompts:
         config = _read_json(folder / "config.json")
         self.context = context
         self.vocabulary = int(config["vocab_size"])
-        self.end_ids = _end_ids(_read_json(folder / "generation_config.json"), config)
+        self.end_ids = read_end_ids(folder)
         self.tokenizer = _read_tokenizer(folder / "tokenizer.json")
         self._template = read_chat_template(folder)
         self._token_chars_max = 1
@@ -90,12 +90,3 @@ def _read_tokenizer(path: Path) -> Tokenizer | None:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _end_ids(*configs: Mapping[str, Any]) -> frozenset[int]:
-    """The ids that end an answer: of generation_config.json, else of config.json."""
-    for config in configs:
-        ids = config.get("eos_token_id")
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()

@@ -21,14 +21,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from common import messages
-from common.limits import QUEUE_MAX
+from common.limits import CLOSE_S, QUEUE_MAX, WAITING_EVERY_S
 from inflash import _messages as wire
 from services.gateway.prompts import Prompts
 from services.gateway.refusal import Refusal
 from services.gateway.text import AnswerText
-
-WAITING_EVERY_S = 1.0  # a request with nothing else to say says that it is alive
-CLOSE_S = 2.0  # a cancelled request's client waits this long for compute's figures
 
 
 @dataclass(frozen=True, slots=True)

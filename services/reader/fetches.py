@@ -19,19 +19,18 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.limits import (
+    FETCHES_MAX,
     LINK_MESSAGES_MAX,
     PART_BUNDLES_MIN,
     PART_BYTES_MAX,
     PARTS_IN_FLIGHT_MAX,
+    STEPS_KEPT,
 )
 from common.messages import Fetch, Resident, Unreadable
 from common.store.geometry import Geometry
 from services.reader.cache import Ids, LayerCache
 from services.reader.evict import Slots
 from services.reader.reads import Reads, plan_reads
-
-FETCHES_MAX = LINK_MESSAGES_MAX  # under way, or with a part not released
-STEPS_KEPT = 64  # step numbers by which a new step is told from one that goes on
 
 
 class BadFetchError(ValueError):

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import StoreError, UserError
+from common.limits import PROBE_S
 from services.reader.aio import Aio
 from services.reader.backends import Backend, Memory
 from services.reader.reads import plan_reads
 from services.reader.threads import Threads
-
-PROBE_S = 5.0  # longest wait for one bundle
 
 
 @dataclass(frozen=True)

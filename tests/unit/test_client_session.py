@@ -151,7 +151,7 @@ def test_prompts() -> None:
     turns = [{"role": "user", "content": "hi"}]
     assert wire_prompt("a") == "a"
     assert wire_prompt(range(3)) == (0, 1, 2)
-    assert wire_prompt([Index()]) == (7,)  # type: ignore[list-item]
+    assert wire_prompt([Index()]) == (7,)  # type: ignore[arg-type]
     assert wire_prompt(turns) == tuple(turns)
     assert wire_prompt([]) == ()
     for wrong in (

@@ -262,7 +262,7 @@ def test_refusals_name_the_reason_and_write_no_store(case: str, tmp_path: Path) 
     assert not (tmp_path / "store").exists()
     result = CliRunner().invoke(main, [str(src), str(tmp_path / "store")])
     assert result.exit_code == 1
-    assert "inflash convert: " in result.stderr
+    assert "error: " in result.stderr
     assert "Traceback" not in result.output
 
 

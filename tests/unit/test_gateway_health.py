@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from common.limits import HEALTH_LOST_S, START_S
+from common.limits import HANG_S, HEALTH_LOST_S, START_S
 from common.messages import SERVICES, Fault, Health, Ready
 from inflash._wire import VERSION
-from services.gateway.health import HANG_S, Watch
+from services.gateway.health import Watch
 
 PIDS = {name: 1000 + i for i, name in enumerate(SERVICES)}
 STORE = "f00d"

@@ -183,7 +183,9 @@ def test_a_queue_full_of_clients_that_are_gone_is_not_full(served: Served) -> No
             client.generate([6])
         assert client.status()["queue"]["waiting"] == QUEUE_MAX
         client.close()
+        time.sleep(0.3)  # until the gateway's socket has seen the end
         last = other.generate([7])
+        assert other.status()["queue"]["waiting"] == 1
         served.peers.done(admit.request)
         assert list(mine) == []
         served.peers.done(served.peers.expect(messages.Admit).request)

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from common import messages
-from common.limits import QUEUE_MAX
+from common.limits import CLOSE_S, QUEUE_MAX
 from inflash import _messages as wire
 from services.gateway.prompts import Prompts
-from services.gateway.requests import CLOSE_S, Decision, Requests, ToClient, ToCompute
+from services.gateway.requests import Decision, Requests, ToClient, ToCompute
 from tests.unit.test_text import byte_level
 
 VOCABULARY = 300
