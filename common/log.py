@@ -20,7 +20,7 @@ LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
 def open_log(run_dir: Path, service: str, level: str) -> FilteringBoundLogger:
-    """A logger that appends to the service's file, and shows warnings and milestones on stderr."""
+    """A logger that appends to the service's file; a terminal on stderr gets what matters."""
     folder = run_dir / "log"
     folder.mkdir(mode=0o700, exist_ok=True)
     # Line-buffered: what a killed process had said is in the file.
@@ -48,9 +48,10 @@ def _add_level(_: Any, method: str, event: EventDict) -> tuple[tuple[EventDict],
 
 
 class _Output:
-    """Writes each event to the file as JSON, and to the terminal as text unless it is frequent."""
+    """Writes each event to the file as JSON, and to the terminal, as text, what a person who
+    watches a server wants to see: how bundles are read, requests that ended, and what is wrong."""
 
-    FREQUENT = frozenset({"layer", "step"})
+    SHOWN = frozenset({"backend", "finished", "refused", "vanished"})
 
     def __init__(self, file: TextIO, terminal: TextIO):
         self._file = file
@@ -60,7 +61,9 @@ class _Output:
 
     def _write(self, event: EventDict) -> None:
         self._file.write(f"{self._json(None, '', event)!s}\n")
-        if self._terminal and event["event"] not in self.FREQUENT:
-            self._terminal.write(f"{self._text(None, '', dict(event))}\n")
+        if self._terminal and (event["event"] in self.SHOWN or event["level"] != "info"):
+            shown = {k: v for k, v in event.items() if k not in ("time", "service")}
+            shown |= {"timestamp": event["time"][11:19], "logger": event["service"]}
+            self._terminal.write(f"{self._text(None, '', shown)!s}\n")
 
     debug = info = warning = error = critical = exception = msg = _write

@@ -19,8 +19,9 @@ from common.store.store import Store
 
 # What a process takes before it holds weights: measured proportional set sizes, rounded up.
 PROCESS_BYTES = {
-    "gateway": 70 << 20,
-    "compute": 430 << 20,
+    "serve": 50 << 20,
+    "gateway": 50 << 20,
+    "compute": 350 << 20,
     "predictor": 50 << 20,
     "reader": 50 << 20,
 }

@@ -56,6 +56,7 @@ pre-activation is above 0.
 | steps | {steps:,} of {batch_tokens:,} tokens ({millions:.1f} M tokens) |
 | time | {minutes:.0f} minutes on CPU, bfloat16 products, float32 weights |
 | windows | {context_short} tokens; {context} in one step of {long_every} |
+| | {opener_share:.0%} of them start at `def`, `class`, `import` or `from`, as prompts do |
 | optimisers | Muon (learning rate {lr_matrix}) for the layers' matrices, AdamW ({lr_other}) else |
 | schedule | by the clock: warm-up 2 %, constant, linear to 1 % over the last {decay_share:.0%} |
 | sparsity | mean over rms of each layer's activations as a penalty, its coefficient per layer set |

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 Tokens = npt.NDArray[np.uint16]
 
 END = "<|endoftext|>"
+OPENERS = ("def", "class", "import", "from")
 TRAIN_TOKENS_MIN = 1_000_000
 HELD_OUT_EVERY = 50  # one file in so many, chosen by the hash of its relative path
 FILE_BYTES_MIN, FILE_BYTES_MAX = 500, 150_000
@@ -56,7 +57,8 @@ class Settings:
     target_first: float = 0.10  # active fraction wanted in layer 0, and in the others
     target_rest: float = 0.075
     split_share: float = 0.02  # of ' name' tokens
-    split_share_keyword: float = 0.25  # of those after a keyword
+    split_share_keyword: float = 0.4  # of those after a keyword
+    opener_share: float = 0.5  # of windows
     seed: int = 7
 
     def target(self, layer: int) -> float:
@@ -197,14 +199,20 @@ class Batches:
             for token in (word, f"Ġ{word}"):
                 if token in vocab:
                     self.share[vocab[token]] = settings.split_share_keyword
+        # A window that starts anywhere starts in the middle of things, and a prompt does not: a
+        # part of them start at one of these words, each as often as the others.
+        usable = tokens[: len(tokens) - settings.context - 1]
+        places = [np.flatnonzero(usable == vocab[word]) for word in OPENERS if word in vocab]
+        self.openers = [place for place in places if len(place)]
 
     def take(self, step: int, length: int) -> torch.Tensor:
         """Token ids of (batch_tokens / length, length + 1)."""
         rng = np.random.default_rng((self.settings.seed, step))
         rows = []
-        for start in rng.integers(
-            0, len(self.tokens) - length - 1, self.settings.batch_tokens // length
-        ):
+        for _ in range(self.settings.batch_tokens // length):
+            start = rng.integers(0, len(self.tokens) - length - 1)
+            if rng.random() < self.settings.opener_share and self.openers:
+                start = rng.choice(self.openers[rng.integers(len(self.openers))])
             row = self.tokens[start : start + length + 1].copy()
             lot = rng.random(length) < self.share[row[:-1]]
             where = 1 + np.flatnonzero(lot & (self.rest[row[1:]] > 0))

@@ -4,7 +4,7 @@ Does: trains an OPT-class model under a sparsity pressure on the text that demo_
 measures it on files that it never saw, and publishes a Hugging Face folder with its model card by
 rename. It can be interrupted (Ctrl-C) and run again: it goes on from its last checkpoint.
 Refuses: a corpus or checkpoint made with other settings, a folder above the size limit, and an
-output folder that holds something other than a model.
+output folder that holds something other than a model. Needs torch 2.9 or newer (its Muon).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from scripts.demo_card import Figures, write_card
 from scripts.demo_corpus import END, Batches, Settings, Tokens, make_corpus
 
 FOLDER_BYTES_MAX = 32_000_000
-MINUTES_DEFAULT = 60.0
+MINUTES_DEFAULT = 66.0
 CHECKPOINT_S = 120.0
 LOG_S = 30.0
 

@@ -27,6 +27,13 @@ class Choice:
     reason: str
 
 
+_SAID = {
+    "aio": "bundles are read directly and asynchronously (io_submit)",
+    "threads, direct": "bundles are read directly by threads (preadv)",
+    "threads, through the page cache": "bundles are read by threads, through the page cache",
+}
+
+
 def choose_backend(setting: str, paths: Sequence[Path], memory: Memory) -> Choice:
     """Opens the bundle files `paths` the best way that works; uses slot 0 of `memory`.
 
@@ -49,7 +56,7 @@ def choose_backend(setting: str, paths: Sequence[Path], memory: Memory) -> Choic
             refused.append(f"{way}: {error.strerror or error}")
             continue
         because = f"; refused were {'; '.join(refused)}" if refused else ""
-        return Choice(backend, f"{way}: read bundle 0 right{because}")
+        return Choice(backend, f"{_SAID[way]}: a probe read bundle 0 right{because}")
     if setting != "auto":
         raise UserError(
             f"INFLASH_BACKEND: {setting} cannot read {paths[0]} ({'; '.join(refused)});"

@@ -198,7 +198,7 @@ def test_the_probe_takes_the_best_way_and_says_so(files, memory):
     choice = choose_backend("auto", files[0], memory)
     choice.backend.close()
     assert (choice.backend.name, choice.backend.direct) == ("aio", True)
-    assert choice.reason == "aio: read bundle 0 right"
+    assert choice.reason.endswith("(io_submit): a probe read bundle 0 right")
 
 
 def test_the_probe_takes_what_it_is_told(files, memory):

@@ -329,7 +329,7 @@ def test_auto_falls_back_and_says_why(store: Store, run_dir: Path, monkeypatch):
         peers.parts(1, [1, 2, 3])
     log = (run_dir / "log" / "reader.jsonl").read_text()
     assert '"name": "threads", "direct": false' in log
-    assert "through the page cache: read bundle 0 right; refused were aio: io_submit" in log
+    assert "through the page cache: a probe read bundle 0 right; refused were aio: io_submit" in log
 
 
 def test_the_process_says_ready_and_ends_when_asked(store: Store, run_dir: Path):
