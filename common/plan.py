@@ -14,7 +14,7 @@ from typing import Any
 
 from common.config import Settings, cache_bytes
 from common.errors import SettingError
-from common.store.geometry import Geometry
+from common.store.geometry import DTYPE_BYTES, Geometry
 from common.store.store import Store
 
 # What a process takes before it holds weights: measured proportional set sizes, rounded up.
@@ -45,9 +45,10 @@ def make_plan(settings: Settings, store: Store) -> Plan:
     config = json.loads((store.config_dir / "config.json").read_text(encoding="utf-8"))
     context = min(settings.context, int(config["max_position_embeddings"]))
     geometry = store.geometry
+    computed_bytes = DTYPE_BYTES[geometry.compute_dtype]
     fixed = {
-        "resident_bytes": store.resident_bytes,
-        "kv_bytes": context * kv_token_bytes(config, geometry.item_bytes),
+        "resident_bytes": store.resident_bytes * computed_bytes // geometry.item_bytes,
+        "kv_bytes": context * kv_token_bytes(config, computed_bytes),
         "predictor_bytes": predictor_bytes(settings.predictor, geometry),
         "process_bytes": sum(PROCESS_BYTES.values()),
     }

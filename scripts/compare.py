@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
+from transformers.utils import logging
 
 from common.errors import UserError
 from common.launch import Server
@@ -77,6 +78,7 @@ def prove(
         Client(run_dir) as client,
     ):
         answers = [ask(client, prompt, tokens) for prompt in ids]
+    logging.disable_progress_bar()  # transformers' own, for a load of a second
     reference = Reference(src, opened.geometry.dtype)  # after the server: one of them at a time
     return [reference.check(answer) for answer in answers]
 

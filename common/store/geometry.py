@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from common.limits import ALIGN_BYTES
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+# What a checkpoint of each number format is computed in. bfloat16 has too few digits: logits of a
+# model computed in it are 2 to 6 % off (docs/measurements.md).
+COMPUTE_DTYPES = {"float16": "float16", "bfloat16": "float32", "float32": "float32"}
 PARTS = {False: ("up", "down"), True: ("gate", "up", "down")}
 
 
@@ -34,6 +37,11 @@ class Geometry:
     @property
     def item_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def compute_dtype(self) -> str:
+        """Number format of activations, KV cache and resident weights in memory."""
+        return COMPUTE_DTYPES[self.dtype]
 
     @property
     def bundle_bytes(self) -> int:

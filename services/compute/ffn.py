@@ -65,10 +65,12 @@ class FlashFFN(nn.Module):
             out += self.biases["down"]
         return out.to(x.dtype).view(x.shape)
 
-    def _gather(self, name: str, slots: torch.Tensor) -> torch.Tensor:
-        """One part of the bundles in `slots`, [count, hidden], in the store's dtype."""
+    def _gather(self, name: str, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """One part of the bundles in `slots`, [count, hidden]. Gathered before it is used: in
+        place, where rows are not contiguous, embedding_bag is several times slower."""
         start = self.part_index[name] * self.hidden
-        return self.pipeline.cache[:, start : start + self.hidden].index_select(0, slots)
+        rows = self.pipeline.cache[:, start : start + self.hidden].index_select(0, slots)
+        return rows.to(dtype)
 
     def _bias(self, z: torch.Tensor, name: str, ids: torch.Tensor) -> torch.Tensor:
         return z + self.biases[name][ids] if name in self.biases else z
@@ -77,16 +79,16 @@ class FlashFFN(nn.Module):
         """Adds a part's share for one token. Products over rows (`mv`, `embedding_bag`): in half
         precision a vector times a matrix runs at a hundredth of the memory's speed."""
         first = "gate" if "gate" in self.part_index else "up"
-        z = torch.mv(self._gather(first, part.slots), x).float()
+        z = torch.mv(self._gather(first, part.slots, x.dtype), x).float()
         h = self.act(self._bias(z, first, part.ids))
         fires = h.nonzero().squeeze(1)
         if not len(fires):
             return
         h, ids, slots = h[fires], part.ids[fires], part.slots[fires]
         if first == "gate":
-            up = torch.mv(self._gather("up", slots), x).float()
+            up = torch.mv(self._gather("up", slots, x.dtype), x).float()
             h = h * self._bias(up, "up", ids)
-        down = self._gather("down", slots)
+        down = self._gather("down", slots, x.dtype)
         every, start = torch.arange(len(down)), torch.zeros(1, dtype=torch.int64)
         out += F.embedding_bag(
             every, down, start, mode="sum", per_sample_weights=h.to(down.dtype)
@@ -96,9 +98,9 @@ class FlashFFN(nn.Module):
         """Adds a part's share for many tokens, in float32: a product of fp16 matrices runs at a
         third of that speed on a CPU."""
         first = "gate" if "gate" in self.part_index else "up"
-        z = x @ self._gather(first, part.slots).float().T
+        z = x @ self._gather(first, part.slots, x.dtype).T
         h = self.act(self._bias(z, first, part.ids))
         if first == "gate":
-            up = x @ self._gather("up", part.slots).float().T
+            up = x @ self._gather("up", part.slots, x.dtype).T
             h = h * self._bias(up, "up", part.ids)
-        out.addmm_(h, self._gather("down", part.slots).float())
+        out.addmm_(h, self._gather("down", part.slots, x.dtype))

@@ -23,7 +23,7 @@ def load_model(store: Store, pipeline: Pipeline) -> Any:
         return FlashFFN(layer, store.geometry, store.activation, biases, pipeline)
 
     config = AutoConfig.from_pretrained(store.config_dir)
-    dtype = TORCH_DTYPES[store.geometry.dtype]
+    dtype = TORCH_DTYPES[store.geometry.compute_dtype]
     model: nn.Module = build_skeleton(config, flash_ffn, dtype, attention=ATTENTION)
     load_resident(model, store.resident_paths())
     return model
