@@ -30,7 +30,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.match(text)
     if not match:
         raise ValueError(f"{text!r} is no size: write 7GB, 512MiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+    size = float(match[1]) * _UNITS[(match[2] or "").lower()]
+    if size >= 2**63:
+        raise ValueError(f"{text[:20]!r} is more than any machine has")
+    return int(size)
 
 
 @dataclass(frozen=True)

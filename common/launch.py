@@ -6,6 +6,7 @@ segment. `inflash serve`, `inflash compare`, the demo and the tests start server
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,16 +18,16 @@ from typing import Self
 
 from honcho.environ import parse_procfile
 
+from common.claim import claim, claim_path
 from common.config import read_settings
 from common.errors import UserError
-from common.lifecycle import claim
 from common.limits import HEALTH_EVERY_S, HEALTH_LOST_S, POLL_S, START_S, STOP_S
 from common.links import LINKS
 from common.messages import SERVICES
 from common.segment import segment_path
 from inflash import Client
 from inflash._errors import InflashError
-from inflash._rundir import CLIENT_LINK, endpoint
+from inflash._rundir import CLIENT_LINK, endpoint, socket_path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -45,15 +46,18 @@ class Server:
         self._output = subprocess.DEVNULL if quiet else None
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._client: Client | None = None
+        self._claim = contextlib.ExitStack()
         self._next_look = 0.0
+        self._unanswered = 0
 
     def start(self, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Starts the services and returns when all are ready; `UserError` if one ends first, or
         START_S passes. `cancelled` is asked between looks."""
         for link in (*LINKS, CLIENT_LINK):
             endpoint(self.run_dir, link)  # raises for a path that no socket can have
+        self._claim.enter_context(claim(self.run_dir, "server"))
         for name in SERVICES:
-            with claim(self.run_dir, name):  # raises if another server runs here
+            with claim(self.run_dir, name):  # raises for services that another launcher started
                 pass
         self.clear()
         procfile = parse_procfile((CHECKOUT / "Procfile").read_text(encoding="utf-8"))
@@ -101,9 +105,11 @@ class Server:
         if now < self._next_look:
             return None
         self._next_look = now + HEALTH_EVERY_S
-        if self.state(HEALTH_LOST_S):
+        self._unanswered = 0 if self.state(HEALTH_LOST_S) else self._unanswered + 1
+        # Once may be our own sleep: a machine that was suspended, a container that was frozen.
+        if self._unanswered < 2:
             return None
-        return self.ended() or ("gateway", f"did not answer within {HEALTH_LOST_S} s")
+        return self.ended() or ("gateway", f"did not answer within {2 * HEALTH_LOST_S} s")
 
     def ended(self) -> tuple[str, str] | None:
         """The first service that has ended by now, and how; None while all run."""
@@ -123,6 +129,10 @@ class Server:
         if self._client is not None:
             self._client.close()
             self._client = None
+        with self._claim:
+            self._stop_all()
+
+    def _stop_all(self) -> None:
         if not self.processes:
             return
         for process in self.processes.values():
@@ -140,9 +150,9 @@ class Server:
     def clear(self) -> None:
         """Removes sockets, claims and the segment of this server; call it when none of it runs."""
         for link in (*LINKS, CLIENT_LINK):
-            (self.run_dir / f"{link}.ipc").unlink(missing_ok=True)
+            socket_path(self.run_dir, link).unlink(missing_ok=True)
         for name in SERVICES:
-            (self.run_dir / f"{name}.pid").unlink(missing_ok=True)
+            claim_path(self.run_dir, name).unlink(missing_ok=True)
         segment_path(self.run_dir).unlink(missing_ok=True)
 
     def let_gateway_say_why(self) -> None:

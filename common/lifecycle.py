@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import os
 import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import zmq
 
+from common.claim import claim
 from common.config import Settings, read_settings
 from common.errors import LinkError, SettingError, UserError
 from common.limits import HEALTH_EVERY_S, NOTES_MAX
@@ -48,7 +47,7 @@ class Service:
         self.counters: dict[str, int] = {}
         self._links: list[Link] = []
         self._beat = 0
-        self._stop = threading.Event()
+        self._stopping = False  # no Event: setting one takes a lock, and signals may nest
         self._outgoing: queue.SimpleQueue[Ready | Fault] = queue.SimpleQueue()
         self._heart = threading.Thread(target=self._send_health, name="heart", daemon=True)
         self._started = time.monotonic()
@@ -78,11 +77,11 @@ class Service:
         """True until a signal asks to stop. Called once in every turn of the loop: it is the beat
         that the gateway watches."""
         self._beat += 1
-        return not self._stop.is_set()
+        return not self._stopping
 
     def stop(self, *_: object) -> None:
         """The signal handler: only sets the flag."""
-        self._stop.set()
+        self._stopping = True
 
     def count(self, name: str, by: int = 1) -> None:
         """Adds to a counter of `inflash status`."""
@@ -125,8 +124,7 @@ class Service:
                 with contextlib.suppress(LinkError):  # a gateway that is gone ends us by signal
                     link.send(message)
                 if isinstance(message, Fault):
-                    # The exit closes the context; give the message time to reach the socket.
-                    link.socket.setsockopt(zmq.LINGER, 500)
+                    link.socket.setsockopt(zmq.LINGER, 500)  # the last word reaches the gateway
                     return
 
     def start(self) -> None:
@@ -140,37 +138,12 @@ class Service:
         self._heart.join(timeout=1.0)
 
     def close(self) -> None:
+        """Closes the links, and sends what is still to be sent."""
         self._write_notes()
         for link in self._links:
             link.close()
-
-
-@contextlib.contextmanager
-def claim(run_dir: Path, service: str) -> Iterator[None]:
-    """Holds the service's place in the run directory; `UserError` if another process has it."""
-    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    stat = run_dir.stat()
-    if stat.st_uid != os.getuid():
-        raise UserError(f"the run directory {run_dir} belongs to another user; choose --run-dir")
-    if stat.st_mode & 0o077:
-        run_dir.chmod(0o700)
-    path = run_dir / f"{service}.pid"
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(
-                f"{run_dir} is in use: its {service} runs as process {file.read().strip() or '?'};"
-                " stop that server or choose another --run-dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        if not self._heart.is_alive():  # it closed its own link: nothing holds the context open
+            self.context.term()
 
 
 def run(name: str, body: Callable[[Service, Store], None]) -> NoReturn:

@@ -30,6 +30,7 @@ RECEIVE_BATCH_MAX = 64  # messages taken from one socket before the others get a
 
 # Logs
 NOTES_MAX = 65_536  # frequent events waiting to be written; the oldest give way
+LOG_BYTES_MAX = 32 << 20  # of a service's log; then it becomes <name>.1 and a new one begins
 
 # Time
 POLL_S = 0.2  # longest sleep of a loop: so soon it sees a signal

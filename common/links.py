@@ -22,7 +22,7 @@ from common.limits import (
     SEND_S,
     WIRE_BYTES_MAX,
 )
-from inflash._rundir import endpoint
+from inflash._rundir import endpoint, socket_path
 from inflash._wire import BadMessage, Codec
 
 
@@ -63,7 +63,7 @@ class Link:
         self.socket.setsockopt(zmq.MAXMSGSIZE, WIRE_BYTES_MAX)
         self.socket.set_hwm(LINK_MESSAGES_MAX)
         self.socket.setsockopt(zmq.LINGER, 0)
-        self._bound = run_dir / f"{name}.ipc" if receive else None
+        self._bound = socket_path(run_dir, name) if receive else None
         if receive:
             self.socket.bind(endpoint(run_dir, name))
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -74,7 +75,8 @@ class AsyncClient:
     def __init__(self, run_dir: str | Path | None = None, timeout: float = 60):
         self.run_dir = default_run_dir() if run_dir is None else Path(run_dir).absolute()
         self.timeout = timeout
-        self._session = Session(timeout, time.monotonic())
+        self._numbers = itertools.count(1)
+        self._session = Session(timeout, time.monotonic(), self._numbers)
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -142,7 +144,7 @@ class AsyncClient:
                 return
             await self._disconnect()
             self._socket, self._monitor = open_socket(self._context, self.run_dir)
-            self._session = Session(self.timeout, time.monotonic())
+            self._session = Session(self.timeout, time.monotonic(), self._numbers)
             self._reader = asyncio.create_task(self._read(), name="inflash reader")
             try:
                 found = await self._ask_status(min(FIND_S, self.timeout))

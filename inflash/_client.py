@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -69,7 +70,8 @@ class Client:
     def __init__(self, run_dir: str | Path | None = None, timeout: float = 60):
         self.run_dir = default_run_dir() if run_dir is None else Path(run_dir).absolute()
         self.timeout = timeout
-        self._session = Session(timeout, time.monotonic())
+        self._numbers = itertools.count(1)
+        self._session = Session(timeout, time.monotonic(), self._numbers)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         try:
@@ -140,7 +142,7 @@ class Client:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
-        self._session = Session(self.timeout, time.monotonic())
+        self._session = Session(self.timeout, time.monotonic(), self._numbers)
         try:
             found = self._ask_status(min(FIND_S, self.timeout))
         except ServerLost:

@@ -34,6 +34,10 @@ def open_socket(context: zmq.Context[AnySocket], run_dir: Path) -> tuple[AnySock
     if not Path(address.removeprefix("ipc://")).exists():
         raise ServerNotFound(not_found(run_dir))
     socket = context.socket(zmq.DEALER)
+    # No high-water mark: a client that does not read for a while is not to lose its answers, and
+    # what may wait is bounded by the server's queue. (With one, libzmq 4.3.5 aborts the process
+    # when heartbeats meet a full pipe.)
+    socket.set_hwm(0)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, CLIENT_MESSAGE_BYTES_MAX)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)

@@ -1,4 +1,4 @@
-"""The run directory: where a server's sockets, logs and plan are, and how a client finds it."""
+"""The run directory: where a server's sockets, claims and logs are, and how a client finds it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ def default_run_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"inflash-{os.getuid()}"
 
 
+def socket_path(run_dir: Path, link: str) -> Path:
+    """The file of a link's socket."""
+    return run_dir / f"{link}.ipc"
+
+
 def endpoint(run_dir: Path, link: str) -> str:
     """The ZeroMQ address of a link; `InflashError` if the path is too long for a socket."""
-    path = run_dir / f"{link}.ipc"
+    path = socket_path(run_dir, link)
     if len(os.fsencode(path)) > SOCKET_PATH_MAX:
         raise InflashError(
             f"the run directory's path is too long for a socket: {path}"

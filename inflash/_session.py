@@ -10,10 +10,9 @@ from a dead one. Sans-IO: no socket, no clock; `Client` and `AsyncClient` are it
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from inflash._messages import (
@@ -51,9 +50,10 @@ Event = Answer | Lost
 class Mailbox:
     """What came for one request and was not taken yet."""
 
-    def __init__(self, number: int, wake: Callable[[], None]):
+    def __init__(self, number: int, now: float, wake: Callable[[], None]):
         self.number = number
         self.events: deque[Event] = deque()
+        self.heard = now
         self._wake = wake
 
     def put(self, event: Event) -> None:
@@ -64,12 +64,14 @@ class Mailbox:
 class Session:
     """The requests of one connection. `now` is seconds of any monotonic clock, always the same."""
 
-    def __init__(self, timeout_s: float, now: float):
+    def __init__(self, timeout_s: float, now: float, numbers: Iterator[int]):
+        """`numbers` outlive the session: a request of an earlier one is not taken for one of
+        this one."""
         self.timeout_s = timeout_s
         self.alive = True
         self.dropped = 0  # bad messages from the server
         self._open: dict[int, Mailbox] = {}
-        self._numbers = itertools.count(1)
+        self._numbers = numbers
         self._heard = now
         self._asked: float | None = None  # when we asked a silent server for its status
 
@@ -114,6 +116,7 @@ class Session:
             self.dropped += 1
             return
         if mailbox := self._open.get(message.request):
+            mailbox.heard = now
             if isinstance(message, Finished | Failed | StatusReply):
                 del self._open[message.request]
             mailbox.put(message)
@@ -140,6 +143,8 @@ class Session:
         """
         if not self._open or self.wait_s(now) > 0:
             return None
+        if self._asked is None:  # it lives; whether it does is asked below
+            self._give_up_silent(now)
         if self._asked is not None:
             self.lost(
                 f"the client waited {self.timeout_s:g} s for any word from the gateway, which is"
@@ -149,10 +154,18 @@ class Session:
         self._asked = now
         return CLIENT_CODEC.encode(Status(next(self._numbers)))
 
+    def _give_up_silent(self, now: float) -> None:
+        """The gateway has a word every second for each request that it knows: one that it says
+        nothing of is over there, and its last word was lost."""
+        for mailbox in list(self._open.values()):
+            if now - mailbox.heard > self.timeout_s:
+                del self._open[mailbox.number]
+                mailbox.put(Lost(f"no word on this request for {self.timeout_s:g} s"))
+
     def _open_mailbox(self, number: int, now: float, wake: Callable[[], None]) -> Mailbox:
         if not self._open:
             self._heard, self._asked = now, None  # while we asked nothing, silence meant nothing
-        mailbox = self._open[number] = Mailbox(number, wake)
+        mailbox = self._open[number] = Mailbox(number, now, wake)
         return mailbox
 
 

@@ -33,7 +33,13 @@ PROMPTS = (
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("src", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, help="Text to start from; may be repeated.")
-@click.option("--tokens", default=64, show_default=True, help="Answer length per prompt.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Answer length per prompt.",
+)
 @server_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(

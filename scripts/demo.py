@@ -90,16 +90,14 @@ def figures(stats: list[Stats], store: Store) -> Table:
     for heading in ("tokens/s", "hit rate", "read per token", "of the FFN", "stall"):
         table.add_column(heading, justify="right")
     for prompt, s in zip(PROMPTS, stats, strict=True):
-        steps = max(s.new_tokens - 1, 1)
-        asked = max(s.decode_hits + s.decode_misses, 1)
-        read = s.decode_bytes_read / steps
+        read = s.decode_bytes_per_token
         table.add_row(
             repr(prompt)[:20] + "…" if len(repr(prompt)) > 20 else repr(prompt),
             f"{s.tokens_per_s:.1f}",
-            f"{s.decode_hits / asked:.1%}",
+            f"{s.decode_hit_rate:.1%}",
             f"{read / 1e3:,.0f} kB",
             f"{read / store.geometry.ffn_bytes:.1%}",
-            f"{s.decode_stall_s / s.decode_s:.0%}" if s.decode_s else "-",
+            f"{s.decode_stall_share:.0%}",
         )
     return table
 

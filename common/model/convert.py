@@ -36,6 +36,15 @@ from common.store.store import Store
 from common.store.tensors import Tensor
 
 COPY_BYTES = 16 << 20
+CONFIG_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 _CONFIG_BYTES = 32 << 20  # room on the drive for configuration, tokenizer and manifest
 
 
@@ -255,6 +264,10 @@ def _make_config(checkpoint: Checkpoint, folder: Path) -> None:
         _make_tokenizer(checkpoint.folder, folder)
     # Code that a checkpoint brings along is never run, so the store does not name it.
     config = {k: v for k, v in checkpoint.config_json.items() if k != "auto_map"}
+    # What the services read, where the checkpoint relies on its family's defaults.
+    for key in CONFIG_KEYS:
+        if key not in config and hasattr(checkpoint.config, key):
+            config[key] = getattr(checkpoint.config, key)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generation = checkpoint.folder / "generation_config.json"
     if generation.is_file():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -39,9 +40,13 @@ def load_reference(src: Path, dtype: torch.dtype) -> nn.Module:
     config = AutoConfig.from_pretrained(src)
     family = family_named(config.model_type)
     activation = activation_of(family, config)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        src, config=library_config(config), dtype=dtype
-    )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            src, config=library_config(config), dtype=dtype
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise StoreError(f"the checkpoint in {src} cannot be loaded: {reason}") from None
     if activation.name == "fatrelu":
         for layer in model.get_submodule(family.layers):
             layer.get_submodule(family.ffn).act_fn = FATReLU(activation.threshold)

@@ -25,8 +25,11 @@ RESIDENT_DIR = "resident"
 BIASES = f"{RESIDENT_DIR}/ffn-biases.safetensors"
 
 
+BUNDLES_SUFFIX = ".bundles"
+
+
 def bundle_file(layer: int) -> str:
-    return f"layers/{layer:03}.bundles"
+    return f"layers/{layer:03}{BUNDLES_SUFFIX}"
 
 
 def checksum_file(layer: int) -> str:

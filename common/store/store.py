@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from common.errors import StoreError
 from common.model.activation import Activation
-from common.store.checksum import Checksums
+from common.store.checksum import Checksums, block_checksums
 from common.store.geometry import Geometry
 from common.store.manifest import (
     BIASES,
+    BUNDLES_SUFFIX,
     CONFIG_DIR,
     MANIFEST,
     RESIDENT_DIR,
@@ -83,6 +84,19 @@ class Store:
         """Bytes of everything that stays in memory: resident tensors and the FFN's biases."""
         return sum(f.size for f in self.manifest.files if f.path.startswith(RESIDENT_DIR))
 
+    def check_digests(self) -> None:
+        """Re-reads every file but the bundles, which the reader checks one by one; `StoreError`
+        names a file that is not as it was written. Its bytes would be wrong text, not an error."""
+        for entry in self.manifest.files:
+            if entry.path.endswith(BUNDLES_SUFFIX):
+                continue
+            with (self.path / entry.path).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+                    raise StoreError(
+                        f"{self.path / entry.path} is damaged: it is not what its digest says;"
+                        " run inflash verify, and convert the model again"
+                    )
+
     def biases(self, layer: int) -> dict[str, Floats]:
         """float32 copies of the layer's FFN biases, those that the model has.
 
@@ -93,14 +107,17 @@ class Store:
         return {part: read_float32(t) for part, t in named.items() if t is not None}
 
     def rows(self, layer: int, part: str) -> Floats:
-        """float32 [neurons, hidden]: a copy of one part ("gate", "up", "down") of all bundles."""
+        """float32 [neurons, hidden]: a copy of one part ("gate", "up", "down") of all bundles.
+
+        A row is NaN if its bundle's checksum is wrong: what depends on it cannot pass unnoticed.
+        """
         shape = self.geometry
         row_bytes = shape.hidden * shape.item_bytes
         begin = shape.parts.index(part) * row_bytes
         rows = np.empty((shape.neurons, shape.hidden), np.float32)
         count = max(1, BLOCK_BYTES // shape.stride_bytes)
         block = np.empty((count, shape.stride_bytes), np.uint8)
-        path = self.bundle_path(layer)
+        path, checksums = self.bundle_path(layer), self.checksums(layer)
         with path.open("rb", buffering=0) as file:
             for first in range(0, shape.neurons, count):
                 taken = block[: min(count, shape.neurons - first)]
@@ -108,6 +125,8 @@ class Store:
                 read_exactly(file.fileno(), view, first * shape.stride_bytes, path)
                 raw = taken[:, begin : begin + row_bytes]
                 rows[first : first + len(taken)] = to_float32(raw, shape.dtype)
+                wrong = block_checksums(taken) != checksums[first : first + len(taken)]
+                rows[first : first + len(taken)][wrong] = np.nan
             forget_pages(file.fileno())
         return rows
 

@@ -54,12 +54,13 @@ def _attend_one(
     precision, where batched matrix products and scaled_dot_product_attention do not.
     """
     heads, width = query.shape
+    query = query * scale  # before the product: half precision has digits for small scores only
     per_kv = heads // key.shape[0]
     out = torch.empty(1, 1, heads, width, dtype=query.dtype)
     every, start = torch.arange(key.shape[1]), torch.zeros(1, dtype=torch.int64)
     for head in range(heads):
         scores = torch.mv(key[head // per_kv], query[head]).float()
-        weights = torch.softmax(scores * scale, dim=0).to(query.dtype)
+        weights = torch.softmax(scores, dim=0).to(query.dtype)
         out[0, 0, head] = F.embedding_bag(
             every, value[head // per_kv], start, mode="sum", per_sample_weights=weights
         )[0]

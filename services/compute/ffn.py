@@ -90,9 +90,11 @@ class FlashFFN(nn.Module):
             h = h * self._bias(up, "up", ids)
         down = self._gather("down", slots, x.dtype)
         every, start = torch.arange(len(down)), torch.zeros(1, dtype=torch.int64)
-        out += F.embedding_bag(
-            every, down, start, mode="sum", per_sample_weights=h.to(down.dtype)
-        )[0]  # fmt: skip
+        # h is float32, and may be more than half precision can hold; all of it may be 0.
+        scale = h.abs().max().clamp_min(torch.finfo(h.dtype).tiny)
+        weights = (h / scale).to(down.dtype)
+        sums = F.embedding_bag(every, down, start, mode="sum", per_sample_weights=weights)
+        out += sums[0].float() * scale
 
     def _add_block(self, out: torch.Tensor, x: torch.Tensor, part: Part) -> None:
         """Adds a part's share for many tokens, in float32: a product of fp16 matrices runs at a

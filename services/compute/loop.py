@@ -43,8 +43,10 @@ class ComputeLoop:
         self._store = store
         self._control = service.receive_from("control")
         self._answers = service.send_to("answers")
-        self._pipeline = Pipeline(service, store.geometry)
-        self._context = make_plan(service.settings, store).context
+        plan = make_plan(service.settings, store)
+        self._pipeline = Pipeline(service, store.geometry, sum(plan.slots))
+        self._context = plan.context
+        store.check_digests()
         self._model = load_model(store, self._pipeline)
         self._vocabulary = int(self._model.config.vocab_size)
         self._kv = make_kv_cache(store.geometry.layers, self._context)
@@ -72,8 +74,10 @@ class ComputeLoop:
                 self._aborted.add(message.request)
             elif self._is_sound(message) and len(self._waiting) < QUEUE_MAX:
                 self._waiting.append(message)
-            else:
+            else:  # not from our gateway; but if it is, it has an end to hear of
                 self._service.count("bad_messages")
+                generation = self._generation(message)
+                self._finish(message.request, generation, "failed", "compute", "not admitted")
 
     def _is_sound(self, admit: Admit) -> bool:
         tokens = len(admit.prompt) // 4
@@ -84,8 +88,7 @@ class ComputeLoop:
 
     def _generate(self, admit: Admit) -> None:
         self._kv.reset()
-        step = functools.partial(self._run_step, admit.request)
-        generation = Generation(admit, step, self._end_ids, self._context)
+        generation = self._generation(admit)
         reason, failed_by, error = "", "", ""
         try:
             for choice in generation.tokens():
@@ -106,7 +109,16 @@ class ComputeLoop:
         self._aborted.discard(admit.request)
         if not self._waiting:  # what is left were aborts of requests that are over
             self._aborted.clear()
-        self._answers.send(Done(admit.request, reason, failed_by, error, generation.stats()))
+        self._finish(admit.request, generation, reason, failed_by, error)
+
+    def _generation(self, admit: Admit) -> Generation:
+        step = functools.partial(self._run_step, admit.request)
+        return Generation(admit, step, self._end_ids, self._context)
+
+    def _finish(
+        self, request: int, generation: Generation, reason: str, failed_by: str, error: str
+    ) -> None:
+        self._answers.send(Done(request, reason, failed_by, error, generation.stats()))
 
     def _is_aborted(self, request: int) -> bool:
         self._take_control()

@@ -17,9 +17,9 @@ import torch
 
 from common.errors import LinkError
 from common.lifecycle import Service
-from common.limits import PART_S, POLL_S, PREDICT_ROWS_MAX, START_S
+from common.limits import PART_S, POLL_S, PREDICT_ROWS_MAX, SLEPT_S, START_S
 from common.messages import Attached, Cache, Drop, Predict, Release, Resident, Unreadable
-from common.segment import attach_segment
+from common.segment import attach_segment, segment_path
 from common.store.geometry import Geometry
 from services.compute.failures import StepAbortedError, StepFailedError
 from services.compute.waits import LayerWaits
@@ -42,9 +42,11 @@ class Part:
 class Pipeline:
     """One step at a time: `begin`, then `parts` for each layer in order."""
 
-    def __init__(self, service: Service, geometry: Geometry):
+    def __init__(self, service: Service, geometry: Geometry, slots: int):
+        """`slots`: of the whole cache, by the plan."""
         self._service = service
         self._geometry = geometry
+        self._slots = slots
         self._predict = service.send_to("predict")
         self._release = service.send_to("release")
         self._resident = service.receive_from("resident")
@@ -70,7 +72,8 @@ class Pipeline:
                 )
 
     def _fits(self, cache: Cache) -> bool:
-        return cache.stride_bytes == self._geometry.stride_bytes and cache.slots > 0
+        ours = str(segment_path(self._service.run_dir)), self._slots, self._geometry.stride_bytes
+        return (cache.path, cache.slots, cache.stride_bytes) == ours
 
     def _map(self, cache: Cache) -> None:
         region = attach_segment(Path(cache.path), cache.slots * cache.stride_bytes)
@@ -114,7 +117,7 @@ class Pipeline:
                 return
 
     def _next(self, layer: int, waits: LayerWaits) -> Resident:
-        since_ns = time.monotonic_ns()
+        since_ns = looked_ns = time.monotonic_ns()
         deadline_ns = since_ns + int(PART_S * 1e9)
         while True:
             for message in self._resident.receive():
@@ -126,7 +129,11 @@ class Pipeline:
                     return message
             if self._aborted() or not self._service.running():
                 raise StepAbortedError
-            if time.monotonic_ns() > deadline_ns:
+            now_ns = time.monotonic_ns()
+            if now_ns - looked_ns > SLEPT_S * 1e9:  # suspended: the others were, too
+                deadline_ns += now_ns - looked_ns
+            looked_ns = now_ns
+            if now_ns > deadline_ns:
                 raise LinkError(
                     f"compute waited {PART_S:.1f} s for part {waits.parts} of layer {layer},"
                     f" step {self._step}, from predictor and reader (limit PART_S)"

@@ -17,7 +17,7 @@ from common.limits import (
     WIRE_BYTES_MAX,
 )
 from inflash._messages import CLIENT_CODEC, CLIENT_MESSAGE_BYTES_MAX
-from inflash._rundir import CLIENT_LINK, endpoint
+from inflash._rundir import CLIENT_LINK, endpoint, socket_path
 from inflash._wire import BadMessage
 
 
@@ -28,7 +28,7 @@ class Clients:
     """
 
     def __init__(self, run_dir: Path):
-        self._address = endpoint(run_dir, CLIENT_LINK)
+        self._path = socket_path(run_dir, CLIENT_LINK)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self._context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a client that is gone is an error
@@ -38,7 +38,7 @@ class Clients:
         silent_ms = int((CLIENT_LOST_S - CLIENT_HEARTBEAT_S) * 1000)
         self.socket.setsockopt(zmq.HEARTBEAT_IVL, int(CLIENT_HEARTBEAT_S * 1000))
         self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, silent_ms)
-        self.socket.bind(self._address)
+        self.socket.bind(endpoint(run_dir, CLIENT_LINK))
 
     def receive(self) -> Iterator[tuple[bytes, Any]]:
         """(client, message) of what is there now, at most RECEIVE_BATCH_MAX; a `BadMessage` in the
@@ -73,4 +73,4 @@ class Clients:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
         self._context.term()
-        Path(self._address.removeprefix("ipc://")).unlink(missing_ok=True)  # ZeroMQ leaves it
+        self._path.unlink(missing_ok=True)  # ZeroMQ leaves it

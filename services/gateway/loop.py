@@ -16,6 +16,7 @@ from typing import Any
 import zmq
 
 from common import messages
+from common.claim import claim_path
 from common.errors import LinkError, UserError
 from common.lifecycle import Service
 from common.limits import POLL_S
@@ -24,6 +25,7 @@ from common.plan import make_plan
 from common.segment import segment_path
 from common.store.store import Store
 from inflash import _messages as wire
+from inflash._rundir import socket_path
 from inflash._wire import BadMessage
 from services.gateway.clients import Clients
 from services.gateway.health import Watch
@@ -50,8 +52,6 @@ def serve(service: Service, store: Store) -> None:
             raise
         finally:
             gateway.fail_all("gateway", why)
-            for path in sockets_of(service.run_dir, service.name):
-                path.unlink(missing_ok=True)
 
 
 class Gateway:
@@ -160,9 +160,9 @@ class Gateway:
         raise UserError(f"{service}: {reason}")
 
     def _claimed_pid(self, service: str) -> int | None:
-        """The process that holds a service's claim, as common/lifecycle.py writes it."""
+        """The process that holds a service's claim, as common/claim.py writes it."""
         try:
-            return int((self._service.run_dir / f"{service}.pid").read_text())
+            return int(claim_path(self._service.run_dir, service).read_text())
         except (OSError, ValueError):
             return None
 
@@ -170,12 +170,9 @@ class Gateway:
 def leftovers(run_dir: Path, service: str) -> list[Path]:
     """The files that a killed service leaves: its claim, its sockets, and the reader's cache."""
     segment = [segment_path(run_dir)] if service == "reader" else []
-    return [run_dir / f"{service}.pid", *sockets_of(run_dir, service), *segment]
-
-
-def sockets_of(run_dir: Path, service: str) -> list[Path]:
-    """The sockets that a service binds, the clients' aside."""
-    return [run_dir / f"{link.name}.ipc" for link in LINKS.values() if link.receiver == service]
+    links = [link.name for link in LINKS.values() if link.receiver == service]
+    sockets = [socket_path(run_dir, name) for name in links]
+    return [claim_path(run_dir, service), *sockets, *segment]
 
 
 def _is_alive(pid: int) -> bool:

@@ -69,7 +69,10 @@ class Prompts:
         # Not even tokenized: megabytes would keep every other client waiting.
         if len(text) > self.context * self._token_chars_max:
             raise self._too_long(f"more than {self.context:,}")
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # tokenizers raises no narrower one; the text is the client's
+            raise Refusal(f"the model's tokenizer cannot encode the prompt: {error}") from None
 
     def _too_long(self, tokens: str) -> Refusal:
         return Refusal(

@@ -37,11 +37,11 @@ class Everything:
 
 
 class Exact:
-    """Names the neurons whose pre-activation passes the threshold, plus those within rounding.
+    """Names the neurons whose pre-activation passes the threshold, and those within its own error.
 
-    Holds the first part of every bundle (up rows, or gate rows of a gated FFN) as float32.
-    Compute rounds in its own order and in the store's dtype, so a neuron within that error of the
-    threshold is named too: a neuron too many costs a read, one too few would cost exactness.
+    Holds the first part of every bundle (up rows, or gate rows of a gated FFN) as float32. A
+    neuron so close to the threshold that this float32 sum may err, or that the threshold's own
+    rounding to the store's dtype decides, is named too: one too many costs a read.
     """
 
     # Of a dot product in float32, relative to |row|·|x|; well above what was seen (3e-7).
@@ -63,7 +63,8 @@ class Exact:
     def name(self, layer: int, x: Floats) -> Ids:
         z = x @ self._rows[layer].T + self._biases[layer]
         slack = self.SUM_ERROR * np.outer(np.linalg.norm(x, axis=1), self._norms[layer])
-        fires = (z + slack > self._threshold).any(axis=0)
+        # Not "above": a damaged bundle's row is NaN. It is named, so that its read tells.
+        fires = ~(z + slack <= self._threshold).all(axis=0)
         return np.flatnonzero(fires).astype(np.int32)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 import numpy as np
 import zmq
 
-from common.errors import UserError
 from common.lifecycle import Service
 from common.limits import POLL_S
 from common.messages import Attached, Cache, Drop, Fetch, Release, Resident, Unreadable
@@ -30,8 +29,6 @@ PUBLISH_NS = int(POLL_S * 1e9)  # sooner than the heartbeat that carries the cou
 def serve(service: Service, store: Store) -> None:
     """Makes the cache, says ready, and reads until asked to stop."""
     slots = make_plan(service.settings, store).slots
-    if min(slots) < 1:
-        raise UserError("the plan leaves a layer without a slot; choose a larger --memory")
     geometry = store.geometry
     path = segment_path(service.run_dir)
     paths = [store.bundle_path(layer) for layer in range(geometry.layers)]

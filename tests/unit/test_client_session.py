@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ STATS = wire.Stats(**dict.fromkeys(wire.Stats.__annotations__, 0))
 
 
 def session() -> Session:
-    return Session(TIMEOUT_S, now=100.0)
+    return Session(TIMEOUT_S, 100.0, itertools.count(1))
 
 
 def ask(core: Session, now: float = 100.0) -> tuple[Mailbox, wire.Generate]:
@@ -163,3 +164,18 @@ def test_prompts() -> None:
     ):
         with pytest.raises(TypeError):
             wire_prompt(wrong)  # type: ignore[arg-type]
+
+
+def test_a_request_that_a_living_server_forgot_is_given_up() -> None:
+    core = session()
+    mailbox, _ = ask(core, now=200.0)
+    now = 200.0
+    while not mailbox.events:
+        now += QUIET_S
+        assert now < 200.0 + 2 * TIMEOUT_S
+        if frames := core.check(now):
+            status = wire.CLIENT_CODEC.decode(frames)
+            core.receive(wire.CLIENT_CODEC.encode(wire.StatusReply(status.request, {})), now)
+    assert core.alive
+    with pytest.raises(ServerLost, match="no word on this request"):
+        GenerationState(mailbox)._take()
