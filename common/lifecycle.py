@@ -26,9 +26,9 @@ import zmq
 from common.claim import claim
 from common.config import Settings, read_settings
 from common.errors import LinkError, SettingError, UserError
-from common.limits import HEALTH_EVERY_S, NOTES_MAX
+from common.limits import HEALTH_EVERY_S, NOTES_MAX, SEND_S
 from common.links import Link
-from common.log import open_log
+from common.log import LEVELS, LogFile, Note, open_log
 from common.messages import Fault, Health, Ready
 from common.store.store import Store
 from inflash._errors import InflashError
@@ -43,17 +43,17 @@ class Service:
         self.settings = settings
         self.run_dir = settings.run_dir
         self.context = context
-        self.log = open_log(settings.run_dir, name, settings.log_level)
+        self._log_file = LogFile(settings.run_dir, name)
+        self.log = open_log(self._log_file, name, settings.log_level)
         self.counters: dict[str, int] = {}
         self._links: list[Link] = []
         self._beat = 0
         self._stopping = False  # no Event: setting one takes a lock, and signals may nest
-        self._outgoing: queue.SimpleQueue[Ready | Fault] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Ready | Fault | Health | None] = queue.SimpleQueue()
         self._heart = threading.Thread(target=self._send_health, name="heart", daemon=True)
         self._started = time.monotonic()
-        self._notes: collections.deque[tuple[str, dict[str, Any]]] = collections.deque(
-            maxlen=NOTES_MAX
-        )
+        self._notes: collections.deque[Note] = collections.deque(maxlen=NOTES_MAX)
+        self._takes_notes = LEVELS[settings.log_level] <= LEVELS["info"]
 
     def receive_from(self, link: str) -> Link:
         """The receiving, binding end of a link; closed when the service ends."""
@@ -93,13 +93,11 @@ class Service:
 
     def note(self, event: str, **fields: Any) -> None:
         """Logs a frequent event off the hot path: the heart thread writes it soon."""
-        self._notes.append((event, fields | {"time": time.time()}))
+        if self._takes_notes:
+            self._notes.append((time.time(), event, fields))
 
     def _write_notes(self) -> None:
-        with contextlib.suppress(IndexError):  # empty, or the other thread took the last one
-            while True:
-                event, fields = self._notes.popleft()
-                self.log.info(event, **fields)
+        self._log_file.append_notes([self._notes.popleft() for _ in range(len(self._notes))])
 
     def health(self) -> Health:
         return Health(
@@ -115,9 +113,11 @@ class Service:
         with Link(self.context, self.run_dir, "health", receive=False) as link:
             while True:
                 try:
-                    message: Ready | Fault | Health = self._outgoing.get(timeout=HEALTH_EVERY_S)
+                    message = self._outgoing.get(timeout=HEALTH_EVERY_S)
                 except queue.Empty:
                     message = self.health()
+                if message is None:
+                    return
                 self._write_notes()
                 if self.settings.parent not in (None, os.getppid()):
                     self.stop()  # whoever started us was killed: nobody else will end us
@@ -132,18 +132,23 @@ class Service:
         signal.signal(signal.SIGINT, self.stop)
         self._heart.start()
 
+    def beats(self) -> bool:
+        """Whether the heart thread runs."""
+        return self._heart.is_alive()
+
     def fault(self, reason: str) -> None:
         """Tells the gateway why this service ends."""
         self._outgoing.put(Fault(self.name, os.getpid(), reason))
         self._heart.join(timeout=1.0)
 
     def close(self) -> None:
-        """Closes the links, and sends what is still to be sent."""
+        """Ends the heartbeat, writes what was noted, closes the links."""
+        self._outgoing.put(None)
+        if self._heart.is_alive():
+            self._heart.join(timeout=2 * SEND_S)
         self._write_notes()
         for link in self._links:
             link.close()
-        if not self._heart.is_alive():  # it closed its own link: nothing holds the context open
-            self.context.term()
 
 
 def run(name: str, body: Callable[[Service, Store], None]) -> NoReturn:
@@ -181,5 +186,7 @@ def _run_claimed(name: str, settings: Settings, body: Callable[[Service, Store],
         return 1
     finally:
         service.close()
+        if not service.beats():  # it closed its own link: nothing holds the context open
+            context.term()  # and what it had to say is sent
     service.log.info("stopped")
     return 0

@@ -12,6 +12,7 @@ import datetime
 import logging
 import sys
 import time
+from collections.abc import Iterable
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,31 +24,63 @@ from common.limits import LOG_BYTES_MAX
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
+Note = tuple[float, str, dict[str, Any]]
+"""A frequent event, kept to be written later: time in seconds, name, fields."""
 
-def open_log(run_dir: Path, service: str, level: str) -> FilteringBoundLogger:
+
+class LogFile:
+    """A service's log on disk; for one thread at a time.
+
+    The library's handler rotates it by size and survives a full disk: a log is no reason to end a
+    service. It flushes what it is given: what a killed process had said is in the file.
+    """
+
+    def __init__(self, run_dir: Path, service: str):
+        folder = run_dir / "log"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        logging.raiseExceptions = False  # it would report a full disk on stderr, line by line
+        self._service = service
+        self._json = structlog.processors.JSONRenderer()
+        self._handler = RotatingFileHandler(
+            folder / f"{service}.jsonl", maxBytes=LOG_BYTES_MAX, backupCount=1, encoding="utf-8"
+        )
+
+    def append(self, *events: EventDict) -> None:
+        """Writes events, a line each, all at once."""
+        lines = "\n".join(str(self._json(None, "", event)) for event in events)
+        self._handler.handle(logging.makeLogRecord({"msg": lines}))
+
+    def append_notes(self, notes: Iterable[Note]) -> None:
+        """Writes frequent events that were noted before."""
+        common = {"service": self._service, "level": "info"}
+        events = [
+            {"event": name, "time": _iso(seconds), **common, **fields}
+            for seconds, name, fields in notes
+        ]
+        if events:
+            self.append(*events)
+
+    def close(self) -> None:
+        self._handler.close()
+
+
+def open_log(file: LogFile, service: str, level: str) -> FilteringBoundLogger:
     """A logger that appends to the service's file; a terminal on stderr gets what matters."""
-    logging.raiseExceptions = False  # the handler would report a full disk on stderr, per line
-    folder = run_dir / "log"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    # Every line is flushed: what a killed process had said is in the file. The library's handler
-    # also survives a full disk: a log is no reason to end a service.
-    file = RotatingFileHandler(
-        folder / f"{service}.jsonl", maxBytes=LOG_BYTES_MAX, backupCount=1, encoding="utf-8"
-    )
-    wrapper = structlog.make_filtering_bound_logger(LEVELS[level])
     logger = structlog.wrap_logger(
         _Output(file, sys.stderr),
         processors=[_add_time, structlog.processors.format_exc_info, _add_level],
-        wrapper_class=wrapper,
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
     )
     bound: FilteringBoundLogger = logger.bind(service=service)
     return bound
 
 
+def _iso(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
+
+
 def _add_time(_: Any, method: str, event: EventDict) -> EventDict:
-    """The time of the event, which may have been noted before it is written."""
-    seconds = event.pop("time", None) or time.time()
-    event["time"] = datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
+    event["time"] = _iso(time.time())
     return event
 
 
@@ -62,15 +95,13 @@ class _Output:
 
     SHOWN = frozenset({"backend", "finished", "refused", "vanished"})
 
-    def __init__(self, file: RotatingFileHandler, terminal: TextIO):
+    def __init__(self, file: LogFile, terminal: TextIO):
         self._file = file
         self._terminal = terminal if terminal.isatty() else None
-        self._json = structlog.processors.JSONRenderer()
         self._text = structlog.dev.ConsoleRenderer(colors=True)
 
     def _write(self, event: EventDict) -> None:
-        line = f"{self._json(None, '', event)!s}"
-        self._file.handle(logging.makeLogRecord({"msg": line}))
+        self._file.append(event)
         if self._terminal and (event["event"] in self.SHOWN or event["level"] != "info"):
             shown = {k: v for k, v in event.items() if k not in ("time", "service")}
             shown |= {"timestamp": event["time"][11:19], "logger": event["service"]}

@@ -310,6 +310,7 @@ def publish(out: Path, facts: dict[str, Any], seen: dict[str, Any], trainer: Tra
         trainer.model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)
         trainer.model.set_attn_implementation("sdpa")
         trainer.model.save_pretrained(folder)
+        (folder / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
         tokenizer.save_pretrained(folder)
         write_card(folder, trainer.settings, facts, seen, trainer.figures())
         size = sum(path.stat().st_size for path in folder.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -10,7 +11,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,13 +18,13 @@ import pytest
 from common.launch import CHECKOUT
 from common.messages import SERVICES
 from common.store.store import Store
-from inflash import Client, RequestFailed
+from inflash import Client, RequestFailed, ServerNotFound
 from tests.conftest import Made, assert_clean, serving
 
 LONG = {"max_new_tokens": 400, "ignore_eos": True}
 
 
-@contextmanager
+@contextlib.contextmanager
 def serve_command(store: Store, run_dir: Path) -> Iterator[subprocess.Popen[str]]:
     """`inflash serve` as a user runs it, ready."""
     command = [sys.executable, "-m", "inflash", "serve", str(store.path), "--run-dir", str(run_dir)]
@@ -95,6 +95,8 @@ def test_services_end_with_a_killed_serve(made: Made, run_dir: Path) -> None:
             # A pidfd reads as ready when its process ends.
             assert select.select([file], [], [], 20)[0] == [file]
             os.close(file)
+    with serving(made.store("opt"), run_dir):
+        pass  # the claim of the killed one is nobody's: the next server takes it
 
 
 def test_a_second_server_is_refused_and_the_first_lives(made: Made, run_dir: Path) -> None:
@@ -154,3 +156,26 @@ def test_a_bad_option_is_told_in_a_line(made: Made, options: dict[str, str], sai
     assert result.returncode == 1
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_honcho_starts_the_same_procfile(made: Made, run_dir: Path) -> None:
+    venv = str(Path(sys.executable).parent)
+    environ = os.environ | {
+        "PATH": f"{venv}{os.pathsep}{os.environ['PATH']}",
+        "INFLASH_STORE": str(made.store("opt").path),
+        "INFLASH_RUN_DIR": str(run_dir),
+    }
+    honcho = subprocess.Popen(
+        [f"{venv}/honcho", "start"],
+        cwd=CHECKOUT, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        answer: list[int] = []
+        while not answer and honcho.poll() is None:
+            with contextlib.suppress(ServerNotFound), Client(run_dir) as client:
+                prompt = [5, 6, 7]
+                answer = [t.id for t in client.generate(prompt, max_new_tokens=3, ignore_eos=True)]
+        assert len(answer) == 3
+    finally:
+        honcho.terminate()
+        honcho.wait(timeout=20)

@@ -102,7 +102,7 @@ class Peers:
 def close(service: Service) -> None:
     """What the end of a service's process does."""
     service.close()
-    service.log._logger._file.close()
+    service._log_file.close()
 
 
 @contextlib.contextmanager
