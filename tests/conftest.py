@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from common.model.convert import convert
 
 from common.launch import Server
+from common.model.convert import convert
 from common.segment import segment_path
 from common.store.store import Store
 from inflash import Client

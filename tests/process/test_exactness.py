@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,23 @@ def test_float32_equals_the_reference(made: Made, run_dir: Path, variant: str) -
         proof = reference.check(answer)
         assert proof.equal, f"{way}: {proof}"
     assert len({token for _, answer in answers for token in answer.tokens}) > 2, "a dull model"
+
+
+@pytest.mark.skipif(os.environ.get("EXACTNESS") != "full", reason="an hour; EXACTNESS=full")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("cache", ["2%", "30%", "100%"])
+@pytest.mark.parametrize("predictor", ["all", "exact"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_combination(
+    made: Made, run_dir: Path, variant: str, dtype: str, predictor: str, cache: str
+) -> None:
+    with serving(made.store(variant, dtype), run_dir, predictor=predictor, cache=cache) as client:
+        answers = [ask(client, prompt, NEW_TOKENS) for prompt in prompts()]
+    reference = Reference(made.checkpoint(variant, dtype), dtype)
+    for answer in answers:
+        proof = reference.check(answer)
+        assert proof.equal, str(proof)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
