@@ -104,7 +104,7 @@ def _slots_per_layer(settings: Settings, geometry: Geometry, fixed_bytes: int) -
 
 
 def machine_bytes() -> int:
-    """Memory that this machine, or the cgroup that we run in, has."""
+    """Memory that this machine has, or the container (the root of the cgroups that we see)."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:

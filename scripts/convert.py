@@ -19,7 +19,7 @@ from rich.progress import TransferSpeedColumn as SpeedColumn
 from rich.table import Table
 
 from common.errors import UserError
-from common.model.convert import Plan, Result, convert, plan_conversion
+from common.model.convert import ConversionPlan, Result, convert, plan_conversion
 from common.store.partial import partial_of
 
 _ERR = Console(stderr=True, highlight=False)
@@ -101,7 +101,7 @@ def _summary(result: Result) -> str:
     )
 
 
-def _show_plan(plan: Plan, dst: Path, as_json: bool) -> None:
+def _show_plan(plan: ConversionPlan, dst: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(plan)))
         return

@@ -65,7 +65,7 @@ class Silent:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """What a conversion will make; sizes in bytes."""
 
     source: str
@@ -96,7 +96,7 @@ class Result:
     seconds: float
 
 
-def plan_conversion(src: Path, dst: Path) -> Plan:
+def plan_conversion(src: Path, dst: Path) -> ConversionPlan:
     """The plan for converting `src` into `dst`; `StoreError` says why there is none."""
     with _sentences():
         return _plan(*_prepare(src), dst)
@@ -129,11 +129,11 @@ def _prepare(src: Path) -> tuple[Checkpoint, Layout]:
     return checkpoint, make_layout(checkpoint)
 
 
-def _plan(checkpoint: Checkpoint, layout: Layout, dst: Path) -> Plan:
+def _plan(checkpoint: Checkpoint, layout: Layout, dst: Path) -> ConversionPlan:
     geometry, activation = layout.geometry, layout.activation
     threshold = f" above {activation.threshold}" if activation.threshold else ""
     existing = next(p for p in dst.absolute().parents if p.exists())
-    return Plan(
+    return ConversionPlan(
         source=str(checkpoint.folder),
         family=layout.family.name,
         activation=activation.name + threshold,

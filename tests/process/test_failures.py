@@ -69,6 +69,8 @@ def test_a_lost_service_fails_requests_and_the_server(
         assert service in process.stderr.read()
     assert_clean(run_dir)
     assert not Path(f"/proc/{pid}").exists()
+    if number == signal.SIGSTOP:
+        return  # the next server is tried once per service: after the kill
     with serving(store, run_dir) as client:
         assert len(list(client.generate([5, 6, 7], max_new_tokens=3, ignore_eos=True))) == 3
 
