@@ -15,7 +15,7 @@ from common.limits import ALIGN_BYTES
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 # What a checkpoint of each number format is computed in. bfloat16 has too few digits: logits of a
-# model computed in it are 2 to 6 % off (docs/measurements.md).
+# model computed in it are 1 to 5 % off (docs/measurements.md).
 COMPUTE_DTYPES = {"float16": "float16", "bfloat16": "float32", "float32": "float32"}
 PARTS = {False: ("up", "down"), True: ("gate", "up", "down")}
 
