@@ -1,4 +1,4 @@
-"""The demo model's card (README.md): every figure in it is measured, none is typed in.
+"""A demo model's card (README.md): every figure in it is measured, none is typed in.
 
 Owns the card's text and the sample continuations, which it makes as a user would: from the folder,
 with AutoTokenizer and generate. No path of the machine that trained the model is written.
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts.demo_corpus import HELD_OUT_EVERY, Settings
+from scripts.demo_corpus import HELD_OUT_EVERY
+from scripts.demo_model import Kind
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
@@ -24,20 +25,20 @@ CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [python, relu, sparse, opt]
+tags: [python, relu, sparse, {family}]
 ---
-# inflash demo model
+# inflash {title}
 
-A {parameters:.2f} M-parameter ReLU language model of Python source: transformers' OPT class from
-random weights, {layers} layers, hidden {hidden}, FFN {ffn}, {heads} heads, {vocab} tokens of
-byte-level BPE, context {context}, float32. On average {mean:.1f} % of its FFN neurons fire for a
+A {parameters:.2f} M-parameter ReLU language model of Python source: transformers' {cls} class from
+random weights, {layers} layers, hidden {hidden}, {ffn_words} {ffn}, {head_words}, {vocab} tokens of
+byte-level BPE, context {context}, {dtype}. On average {mean:.1f} % of its FFN neurons fire for a
 token, so it shows what inflash does at a size that any machine trains and runs. It knows the look
 of Python and nothing else: not a code assistant.
 
 ## Held-out figures
 Files that were never trained on (one in {every}, by the hash of the relative path);
-{seen[tokens]:,} tokens in windows of {context}, float32 weights, a neuron is active when its
-pre-activation is above 0.
+{seen[tokens]:,} tokens in windows of {context}, {weight_words}, a neuron is active when its
+{pre_activation} is above 0.
 
 | | |
 | --- | --- |
@@ -59,7 +60,7 @@ pre-activation is above 0.
 | | {opener_share:.0%} of them start at `def`, `class`, `import` or `from`, as prompts do |
 | optimisers | Muon (learning rate {lr_matrix}) for the layers' matrices, AdamW ({lr_other}) else |
 | schedule | by the clock: warm-up 2 %, constant, linear to 1 % over the last {decay_share:.0%} |
-| sparsity | mean over rms of each layer's activations as a penalty, its coefficient per layer set |
+| sparsity | mean over rms of each layer's {acts} as a penalty, its coefficient per layer set |
 | | by a controller; targets {target_first:.1%} in layer 0 and {target_rest:.1%} in the others |
 | split tokens | {split_share:.0%} of ` name` tokens, {split_share_keyword:.0%} after a keyword, |
 | | are cut after the space, so that a prompt can end in one: `def ` |
@@ -69,7 +70,7 @@ Made by (the schedule goes by the clock and the text is what is installed, so an
 gets a similar model, not the same bytes):
 
 ```
-python -m scripts.train_demo --minutes {minutes:.0f}
+python -m scripts.train_demo {family_option}--minutes {minutes:.0f}
 ```
 
 ## Data
@@ -102,6 +103,30 @@ Trained with {packages}.
 ```
 """
 
+# What the card says differently of each family.
+WORDS = {
+    "opt": {
+        "title": "demo model",
+        "cls": "OPT",
+        "ffn_words": "FFN",
+        "head_words": "{heads} heads",
+        "weight_words": "float32 weights",
+        "pre_activation": "pre-activation",
+        "acts": "activations",
+        "family_option": "",
+    },
+    "llama": {
+        "title": "gated demo model",
+        "cls": "Llama",
+        "ffn_words": "gated FFN",
+        "head_words": "{heads} heads ({kv_heads} key-value) of {head_dim}",
+        "weight_words": "float16 weights as float32",
+        "pre_activation": "gate's pre-activation",
+        "acts": "gate activations",
+        "family_option": "--family llama ",
+    },
+}
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -115,7 +140,7 @@ class Figures:
 
 def continuation(folder: Path, prompt: str, **how: Any) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(0)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     ids = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, **how)
@@ -123,14 +148,19 @@ def continuation(folder: Path, prompt: str, **how: Any) -> str:
 
 
 def write_card(
-    folder: Path, settings: Settings, facts: dict[str, Any], seen: dict[str, Any], figures: Figures
+    folder: Path, kind: Kind, facts: dict[str, Any], seen: dict[str, Any], figures: Figures
 ) -> None:
     """`facts` as demo_corpus gives them, `seen` as evaluate gives it."""
+    settings = asdict(kind.settings)
+    words = {name: text.format(**settings) for name, text in WORDS[kind.family].items()}
     active = seen["active"]
     held = facts["held"]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
     text = CARD.format(
-        **asdict(settings),
+        **settings,
+        **words,
+        family=kind.family,
+        dtype=str(kind.dtype).removeprefix("torch."),
         train=facts["train"],
         held=held,
         seen=seen,
@@ -143,7 +173,7 @@ def write_card(
         minutes=figures.minutes,
         steps=figures.steps,
         millions=figures.tokens / 1e6,
-        package_mb=settings.package_bytes_max / 1e6,
+        package_mb=kind.settings.package_bytes_max / 1e6,
         python=platform.python_version(),
         source_list=", ".join(facts["sources"]),
         packages=", ".join(versions),

@@ -1,6 +1,6 @@
-"""The demo model's text: gathered from the running interpreter, tokenised, cut into batches.
+"""The demo models' text: gathered from the running interpreter, tokenised, cut into batches.
 
-Owns the settings that decide the demo model, the choice of source files (standard library and
+Owns the settings that decide a demo model, the choice of source files (standard library and
 site-packages, without tests, tables and generated files), the tokenizer's training, the token
 cache in the work folder, and the training windows. Files are held out whole, by the hash of their
 relative path. Refuses: a cache made with other settings, and too little text.
@@ -63,6 +63,19 @@ class Settings:
 
     def target(self, layer: int) -> float:
         return self.target_rest if layer else self.target_first
+
+
+@dataclass(frozen=True)
+class GatedSettings(Settings):
+    """A smaller model of the Llama class; its attention is narrow so that most of it is FFN."""
+
+    hidden: int = 192
+    layers: int = 6
+    ffn: int = 576
+    kv_heads: int = 2
+    head_dim: int = 32
+    target_first: float = 0.07
+    target_rest: float = 0.06
 
 
 def looks_written(text: str) -> bool:

@@ -1,8 +1,9 @@
-"""Train the demo model: a small, sparse ReLU model of Python source, made on one CPU.
+"""Train a demo model: a small, sparse ReLU model of Python source, made on one CPU.
 
-Does: trains an OPT-class model under a sparsity pressure on the text that demo_corpus gathers,
-measures it on files that it never saw, and publishes a Hugging Face folder with its model card by
-rename. It can be interrupted (Ctrl-C) and run again: it goes on from its last checkpoint.
+Does: trains an OPT-class model, or a smaller Llama-class one with a gated FFN, under a sparsity
+pressure on the text that demo_corpus gathers, measures it on files that it never saw, and publishes
+a Hugging Face folder with its model card by rename. It can be interrupted (Ctrl-C) and run again:
+it goes on from its last checkpoint.
 Refuses: a corpus or checkpoint made with other settings, a folder above the size limit, and an
 output folder that holds something other than a model. Needs torch 2.9 or newer (its Muon).
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import math
 import os
 import signal
 import sys
@@ -32,128 +32,19 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    GenerationConfig,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from scripts.demo_card import Figures, write_card
 from scripts.demo_corpus import END, Batches, Settings, Tokens, make_corpus
+from scripts.demo_model import KINDS, Kind, Sparsity, build_model, layers_of
 
-FOLDER_BYTES_MAX = 32_000_000
-MINUTES_DEFAULT = 66.0
 CHECKPOINT_S = 120.0
 LOG_S = 30.0
 
 
-def attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float = 1.0,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention of whole windows, (batch, heads, length, size) -> (batch, length, ...).
-
-    The backward of torch's fused CPU kernel costs a fifth of a step at short lengths, where plain
-    bfloat16 products need a fourth of the time.
-    """
-    length = query.shape[2]
-    if length > 256 or query.dtype != torch.bfloat16:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
-    # autocast would make the softmax float32, and its copies cost more than the products
-    with torch.autocast("cpu", enabled=False):
-        future = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1)
-        q, k, v = (x.flatten(0, 1) for x in (query * scaling, key, value))
-        weights = torch.softmax(torch.baddbmm(future, q, k.transpose(1, 2)), -1)
-        out = torch.bmm(weights, v).view(query.shape)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def build_model(settings: Settings) -> OPTForCausalLM:
-    torch.manual_seed(settings.seed)
-    config = OPTConfig(
-        vocab_size=settings.vocab,
-        hidden_size=settings.hidden,
-        word_embed_proj_dim=settings.hidden,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        ffn_dim=settings.ffn,
-        max_position_embeddings=settings.context,
-        activation_function="relu",
-        do_layer_norm_before=True,
-        dropout=0.0,
-        attention_dropout=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    model = OPTForCausalLM(config)
-    AttentionInterface.register("windows", attend)
-    AttentionMaskInterface.register("windows", lambda *_, **__: None)
-    model.set_attn_implementation("windows")
-    return model
-
-
-class Sparsity:
-    """Sees every layer's activations; gives the penalty that keeps them sparse, and the counts.
-
-    The penalty is mean(h) / rms(h) with the rms held constant: it presses on every neuron that
-    fires, whatever the layer's scale, so a layer cannot escape it by shrinking its activations.
-    Each layer's coefficient grows while the layer is more active than its target, else shrinks
-    (integral), and the square of active / target scales it (proportional): without the second a
-    layer swings far below its target, and neurons die there.
-    """
-
-    def __init__(self, model: OPTForCausalLM, settings: Settings) -> None:
-        self.settings = settings
-        self.coefs = [0.005] * settings.layers
-        self.active = [0.5] * settings.layers  # running mean
-        self.targets = [0.3] * settings.layers
-        self.fired = torch.zeros(settings.layers, settings.ffn)  # counts of evaluation
-        self.penalties: list[torch.Tensor] = []
-        for layer, block in enumerate(model.model.decoder.layers):
-            block.activation_fn.register_forward_hook(self._hook(layer))
-
-    def _hook(self, layer: int) -> Any:
-        def see(module: torch.nn.Module, inputs: tuple[torch.Tensor], h: torch.Tensor) -> None:
-            if not module.training:
-                self.fired[layer] += (inputs[0] > 0).reshape(-1, h.shape[-1]).sum(0)
-                return
-            rms = torch.linalg.vector_norm(h.detach(), dtype=torch.float32) / math.sqrt(h.numel())
-            penalty = h.mean(dtype=torch.float32) / (rms + 1e-6)
-            scale = min(2.0, self.active[layer] / self.targets[layer]) ** 2
-            self.penalties.append(self.coefs[layer] * scale * penalty)
-            sample = h.detach()[:2]  # counting all of it costs 7 % of a step
-            share = torch.count_nonzero(sample).item() / sample.numel()
-            self.active[layer] += 0.1 * (share - self.active[layer])
-
-        return see
-
-    def take_penalty(self) -> torch.Tensor:
-        total = torch.stack(self.penalties).sum()
-        self.penalties.clear()
-        return total
-
-    def adapt(self, progress: float) -> None:
-        """The target falls from 30 % over the first fifth: pressure too early kills neurons."""
-        ramp = min(1.0, progress / 0.2)
-        for layer, active in enumerate(self.active):
-            self.targets[layer] = 0.3 * (self.settings.target(layer) / 0.3) ** ramp
-            push = max(-1.0, min(1.0, active / self.targets[layer] - 1.0))
-            self.coefs[layer] = max(1e-4, min(3.0, self.coefs[layer] * math.exp(0.01 * push)))
-
-
-def build_optimizers(model: OPTForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: Any, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices (fewer tokens to the same loss), AdamW for the rest."""
-    inner = [p for p in model.model.decoder.layers.parameters() if p.ndim == 2]
+    inner = [p for p in layers_of(model).parameters() if p.ndim == 2]
     chosen = {id(p) for p in inner}
     other = [p for p in model.parameters() if id(p) not in chosen]
     return [
@@ -172,10 +63,8 @@ def lr_factor(progress: float, settings: Settings) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    model: OPTForCausalLM, sparsity: Sparsity, held: Tokens, tokens_max: int
-) -> dict[str, Any]:
-    """Held-out loss and active fractions on the float32 weights, windows of the full context."""
+def evaluate(model: Any, sparsity: Sparsity, held: Tokens, tokens_max: int) -> dict[str, Any]:
+    """Held-out loss and active fractions, float32 products, windows of the full context."""
     length = sparsity.settings.context
     count = min(tokens_max, len(held) - 1) // length
     model.eval()
@@ -203,11 +92,12 @@ def evaluate(
 class Trainer:
     """Model, optimisers, sparsity and where they stand; what a checkpoint holds."""
 
-    def __init__(self, work: Path, settings: Settings) -> None:
+    def __init__(self, work: Path, kind: Kind) -> None:
         self.path = work / "checkpoint.pt"
-        self.settings = settings
-        self.model = build_model(settings)
-        self.sparsity = Sparsity(self.model, settings)
+        self.kind = kind
+        self.settings = settings = kind.settings
+        self.model = build_model(kind)
+        self.sparsity = Sparsity(self.model, kind)
         self.optimizers = build_optimizers(self.model, settings)
         self.tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
         self.batches = Batches(np.load(work / "train.npy"), self.tokenizer, settings)
@@ -257,6 +147,15 @@ class Trainer:
         self.step += 1
         self.tokens_seen += ids.shape[0] * length
         self.loss += max(0.02, 1.0 / self.step) * (loss.item() - self.loss)
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """To the values that the folder will hold, so that what is measured is what is published.
+
+        They stay float32 tensors. No training may follow: the optimisers need the lost digits.
+        """
+        for parameter in self.model.parameters():
+            parameter.copy_(parameter.to(self.kind.dtype))
 
     def figures(self) -> Figures:
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -309,42 +208,56 @@ def publish(out: Path, facts: dict[str, Any], seen: dict[str, Any], trainer: Tra
         )
         trainer.model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)
         trainer.model.set_attn_implementation("sdpa")
-        trainer.model.save_pretrained(folder)
+        trainer.model.to(trainer.kind.dtype).save_pretrained(folder)
         (folder / "model.safetensors").chmod(0o644)  # safetensors lets only its owner read it
         tokenizer.save_pretrained(folder)
-        write_card(folder, trainer.settings, facts, seen, trainer.figures())
+        write_card(folder, trainer.kind, facts, seen, trainer.figures())
         size = sum(path.stat().st_size for path in folder.iterdir())
-        if size > FOLDER_BYTES_MAX:
-            raise SystemExit(f"the folder has {size} bytes, more than {FOLDER_BYTES_MAX}")
+        if size > (limit := trainer.kind.folder_bytes_max):
+            raise SystemExit(f"the folder has {size} bytes, more than {limit}")
         if out.exists():
             out.rename(Path(scratch) / "old")
         folder.rename(out)
 
 
 def arguments() -> argparse.Namespace:
+    kinds = KINDS.values()
+    minutes = " or ".join(f"{kind.minutes:.0f}" for kind in kinds)
+    outs = " or ".join(f"models/{kind.name}" for kind in kinds)
+    works = " or ".join(f"{tempfile.gettempdir()}/inflash-{kind.name}" for kind in kinds)
     parser = argparse.ArgumentParser(
-        description="Train the demo model (a sparse ReLU model of Python source) on this machine.",
+        description="Train a demo model (a sparse ReLU model of Python source) on this machine.",
         epilog="Ctrl-C saves a checkpoint; the same command goes on from it. A larger --minutes "
-        "trains a finished run further. Use 'nice' where the machine has other work.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "trains a finished run further. Use 'nice' where the machine has other work. Defaults "
+        f"that depend on the family are in the order {', '.join(KINDS)}.",
     )
     add = parser.add_argument
+    add("--family", choices=KINDS, default="opt", help="transformers' class (default: opt)")
     add(
         "--minutes",
         type=float,
-        default=MINUTES_DEFAULT,
-        help="training time in all, with resumed parts",
+        help=f"training time in all, with resumed parts (default: {minutes})",
     )
-    add("--out", type=Path, default=Path("models/demo"), help="folder to publish the model in")
+    add("--out", type=Path, help=f"folder to publish the model in (default: {outs})")
+    add("--work", type=Path, help=f"folder for tokens and checkpoint (default: {works})")
     add(
-        "--work",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "inflash-demo",
-        help="folder for tokens and checkpoint",
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="CPU threads (default: %(default)s)",
     )
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    add("--held-out-tokens", type=int, default=260_000, help="most tokens to measure on")
-    return parser.parse_args()
+    add(
+        "--held-out-tokens",
+        type=int,
+        default=260_000,
+        help="most tokens to measure on (default: %(default)s)",
+    )
+    options = parser.parse_args()
+    kind = KINDS[options.family]
+    options.minutes = kind.minutes if options.minutes is None else options.minutes
+    options.out = options.out or Path("models") / kind.name
+    options.work = options.work or Path(tempfile.gettempdir()) / f"inflash-{kind.name}"
+    return options
 
 
 def keep_freed_memory() -> None:
@@ -365,11 +278,13 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     console = Console(soft_wrap=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    facts = make_corpus(options.work, Settings(), console)
-    trainer = Trainer(options.work, Settings())
+    kind = KINDS[options.family]
+    facts = make_corpus(options.work, kind.settings, console)
+    trainer = Trainer(options.work, kind)
     if not train(trainer, options.minutes, console):
         console.print(f"stopped, checkpoint saved: {trainer.status()}")
         return 130
+    trainer.round_weights()
     held = np.load(options.work / "held.npy")
     seen = evaluate(trainer.model, trainer.sparsity, held, options.held_out_tokens)
     publish(out, facts, seen, trainer)
