@@ -44,8 +44,12 @@ class Settings:
     run_dir: Path = dataclasses.field(default_factory=default_run_dir)
     memory: int | None = None  # bytes for everything; None: half of the machine's
     cache: str | None = None  # "25%" of the bundles, or a size; None: what memory leaves
-    predictor: str = "exact"
+    predictor: str = "auto"  # all, exact, lowrank; auto: lowrank where the store has it
+    policy: str = "decay"  # of the cache: window or decay (common/policy.py)
     window: int | None = None  # tokens; None ("auto"): as large as the cache allows
+    slots: str = "auto"  # equal: as many in each layer; use: by what a layer's predictor names;
+    # global: all layers share all; auto: use where predictors are fitted, else equal
+    extras: str = "ahead"  # what is computed though not named: none, ahead or resident
     context: int = 2048  # tokens of prompt and answer, at most what the model can
     backend: str = "auto"  # how bundles are read: auto, aio or threads
     threads: int = 0  # of compute; 0: one less than there are cores, at least one
@@ -120,8 +124,11 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "run_dir": _path,
     "memory": parse_size,
     "cache": _cache,
-    "predictor": _one_of("all", "exact"),
+    "predictor": _one_of("auto", "all", "exact", "lowrank"),
+    "policy": _one_of("window", "decay"),
     "window": _window,
+    "slots": _one_of("auto", "equal", "use", "global"),
+    "extras": _one_of("none", "ahead", "resident"),
     "context": _count(1),
     "backend": _one_of("auto", "aio", "threads"),
     "threads": _count(0),

@@ -30,6 +30,7 @@ from common.limits import HEALTH_EVERY_S, NOTES_MAX, SEND_S
 from common.links import Link
 from common.log import LEVELS, LogFile, Note, open_log
 from common.messages import Fault, Health, Ready
+from common.pagecache import forget_imports
 from common.store.store import Store
 from inflash._errors import InflashError
 from inflash._wire import VERSION
@@ -70,6 +71,7 @@ class Service:
 
     def ready(self, store_id: str) -> None:
         """Says Ready to the gateway: every receiving link is bound, the store is open."""
+        forget_imports()
         self.log.info("ready", pid=os.getpid(), store_id=store_id)
         self._outgoing.put(Ready(self.name, os.getpid(), VERSION, store_id))
 

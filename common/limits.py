@@ -17,6 +17,8 @@ READ_BUNDLES_MAX = 256  # one merged read; IOV_MAX is 1024
 PART_BUNDLES_MIN = 64  # parts smaller than this cost more in messages than they hide
 PART_BYTES_MAX = 8 << 20  # of a streamed layer: one part is multiplied while the next lands
 PARTS_IN_FLIGHT_MAX = 4  # of one fetch
+PREFETCH_BUNDLES_MAX = 64  # of one group that is read ahead of need
+PREFETCH_GROUPS_IN_FLIGHT_MAX = 2  # one is being read while the other is taken up
 FETCHES_MAX = 1024  # under way, or with a part not released
 STEPS_KEPT = 64  # step numbers by which a new step is told from one that goes on
 PROBE_S = 5.0  # longest wait for the bundle by which a backend is probed
@@ -50,6 +52,9 @@ CLIENT_LINGER_S = 0.5  # at the end: the last words reach the clients' sockets
 
 assert READ_BYTES_MAX % ALIGN_BYTES == 0
 assert READ_BYTES_MAX <= PART_BYTES_MAX
+assert PREFETCH_GROUPS_IN_FLIGHT_MAX * PREFETCH_BUNDLES_MAX <= READS_IN_FLIGHT_MAX, (
+    "a demand finds prefetched reads in the drive at worst, never in a queue before the drive"
+)
 assert MESSAGE_BYTES_MAX <= WIRE_BYTES_MAX
 assert 4 * HEALTH_EVERY_S < HEALTH_LOST_S, "one late heartbeat is no loss"
 assert HEALTH_LOST_S + POLL_S < 5.0, "a lost service fails its requests within 5 s"

@@ -80,21 +80,28 @@ class Done:
 # compute → predictor
 @dataclass(frozen=True, slots=True)
 class Predict:
-    """The FFN input of a layer. `rows` is 0 for a block of tokens that needs the whole layer."""
+    """The FFN input of a layer; layer -1 is the embedding, from which layer 0 is looked ahead.
+
+    A block of many tokens needs the `whole` layer: `x` then holds its last row only, which the
+    next token's look-ahead starts from.
+    """
 
     request: int
     step: int
     layer: int
-    rows: int
-    x: Raw  # float32 [rows, hidden]
+    whole: bool
+    x: Raw  # float32 [1 to PREDICT_ROWS_MAX rows, hidden]
 
 
 # predictor → reader
 @dataclass(frozen=True, slots=True)
 class Fetch:
+    """Neurons that a layer waits for (demand), or that it will probably need (prefetch)."""
+
     request: int
     step: int
     layer: int
+    prefetch: bool
     named_ns: int  # when the predictor had named them
     ids: Raw  # int32 neuron ids, ascending
 
@@ -113,7 +120,8 @@ class Cache:
 class Resident:
     """Part `part` of a layer's fetch: these neurons lie in these slots until its Release.
 
-    Part 0 is what was in the cache already; `left` neurons are still to come.
+    Part 0 is what was in the cache already, sent even where it is empty; `left` neurons are still
+    to come. Its reads are those of the layer's prefetch, a later part's are its own.
     """
 
     request: int
@@ -121,8 +129,12 @@ class Resident:
     layer: int
     part: int
     left: int
+    prefetched: int  # of part 0's neurons, those that this step's look-ahead brought
+    extra: int  # of part 0's neurons, those that the Fetch did not name (setting `extras`)
     reads: int
     bytes_read: int
+    wasted_bytes: int  # of what was prefetched for this layer and its Fetch did not name
+    read_ns: int  # time in which reads were in flight, since the last Resident
     named_ns: int
     taken_ns: int  # when the reader took the Fetch up
     landed_ns: int  # when this part was complete

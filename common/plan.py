@@ -1,114 +1,239 @@
-"""Divides the memory budget: resident weights, KV cache, predictor, processes; the cache gets the
-rest. Every service makes the same plan from the same settings and store.
+"""Divides the memory budget into named lines that add up; the cache gets what the others leave.
+Every service makes the same plan from the same settings and store.
 
-All sizes in bytes.
+    resident + kv + predictors + workspace      what the model takes
+    serve + gateway + compute + predictor + reader + libraries + kernel     what the processes take
+    reserve                                     room that services/reader/pressure.py keeps free
+    cache                                       the rest
+
+Refuses a budget that cannot hold all but the cache and its fewest slots, and names the smallest
+that can. All sizes in bytes. docs/measurements.md has the figures that the constants round up.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from common import lowrank
+from common.cgroup import machine_bytes
 from common.config import Settings, cache_bytes
 from common.errors import SettingError
+from common.limits import PART_BYTES_MAX, PREFILL_ROWS_MAX
+from common.policy import slots_by_use
 from common.store.geometry import DTYPE_BYTES, Geometry
 from common.store.store import Store
 
-# What a process takes before it holds weights: measured proportional set sizes, rounded up.
+# What each process holds of its own before it holds weights (anonymous memory, rounded up).
 PROCESS_BYTES = {
-    "serve": 50 << 20,
-    "gateway": 50 << 20,
-    "compute": 350 << 20,
-    "predictor": 50 << 20,
-    "reader": 50 << 20,
+    "serve": 32 << 20,
+    "gateway": 40 << 20,
+    "compute": 272 << 20,
+    "predictor": 36 << 20,
+    "reader": 36 << 20,
 }
+# Pages of Python's and torch's shared objects that are mapped; all processes share them.
+LIBRARIES_BYTES = 128 << 20
+# Sockets, inodes and other objects that the kernel charges to whoever made it keep them.
+KERNEL_BYTES = 24 << 20
+PAGE_BYTES_PER_TABLE_BYTE = 512  # a page table has 8 bytes for 4,096 bytes of memory
+CACHE_MAPPINGS = 2  # reader and compute: each has page tables of its own for the cache
+TOKENIZER_FACTOR = 12  # bytes in the gateway for a byte of tokenizer.json
+READER_NEURON_BYTES = 64  # of index, keys, checksums: arrays with an entry for every neuron
+# malloc keeps what a block of a prompt frees: this much was held for each byte in use at once.
+WORKSPACE_HELD = 2
+LOGITS_COPIES = 8  # float32 vectors over the vocabulary while a token is chosen
+STREAM_COPIES = 6  # float32 blocks [rows, hidden] at once: input, its copy, sum, residual, norms
+RESERVE_BYTES_MIN = 32 << 20
+RESERVE_SHARE = 64  # 1/64 of the budget, if that is more
 SLOTS_MIN = 2  # per layer: one is multiplied while the next lands
 
 
 @dataclass(frozen=True)
 class Plan:
-    memory_bytes: int  # the sum of all that follows
+    """`memory_bytes` is the sum of the other fields that end in _bytes."""
+
+    memory_bytes: int
     resident_bytes: int
     kv_bytes: int
+    predictors_bytes: int  # weights; the process itself is predictor_bytes
+    workspace_bytes: int
+    serve_bytes: int
+    gateway_bytes: int
+    compute_bytes: int
     predictor_bytes: int
-    process_bytes: int
+    reader_bytes: int
+    libraries_bytes: int
+    kernel_bytes: int
+    reserve_bytes: int
     cache_bytes: int
+    cache_bytes_min: int  # of which a cache that shrinks keeps so much
     context: int  # tokens
     slots: tuple[int, ...]  # per layer
+
+    def lines(self) -> dict[str, int]:
+        """The plan's lines in order, by name; together they are `memory_bytes`."""
+        sizes = {k.removesuffix("_bytes"): v for k, v in asdict(self).items() if _is_line(k)}
+        assert sum(sizes.values()) == self.memory_bytes
+        return sizes
+
+
+def _is_line(field: str) -> bool:
+    return field.endswith("_bytes") and field != "memory_bytes"
 
 
 def make_plan(settings: Settings, store: Store) -> Plan:
     """The plan for `store` under `settings`; `SettingError` names the smallest that would work."""
     config = json.loads((store.config_dir / "config.json").read_text(encoding="utf-8"))
     context = min(settings.context, int(config["max_position_embeddings"]))
+    fixed = _fixed_lines(settings, store, config, context)
     geometry = store.geometry
-    computed_bytes = DTYPE_BYTES[geometry.compute_dtype]
-    fixed = {
-        "resident_bytes": store.resident_bytes * computed_bytes // geometry.item_bytes,
-        "kv_bytes": context * kv_token_bytes(config, computed_bytes),
-        "predictor_bytes": predictor_bytes(settings.predictor, geometry),
-        "process_bytes": sum(PROCESS_BYTES.values()),
-    }
-    slots = _slots_per_layer(settings, geometry, sum(fixed.values()))
+    slots = _share(_slots_per_layer(settings, geometry, sum(fixed.values())), settings, store)
     cache = sum(slots) * geometry.stride_bytes
+    fixed["kernel_bytes"] += _cache_tables(cache)
+    taken = sum(fixed.values()) + cache
+    reserve = _reserve(taken)
     return Plan(
-        memory_bytes=sum(fixed.values()) + cache, cache_bytes=cache, context=context, slots=slots,
+        memory_bytes=taken + reserve,
         **fixed,
-    )  # fmt: skip
+        reserve_bytes=reserve,
+        cache_bytes=cache,
+        cache_bytes_min=min(cache, _slots_min(geometry) * geometry.layers * geometry.stride_bytes),
+        context=context,
+        slots=slots,
+    )
+
+
+def resolve_predictor(settings: Settings, store: Store) -> str:
+    """The predictor that `settings` mean for `store`: all, exact or lowrank. `SettingError` if the
+    store has not what was asked for."""
+    if settings.predictor == "auto":
+        return "lowrank" if lowrank.has_predictors(store) else "exact"
+    if settings.predictor == "lowrank" and not lowrank.has_predictors(store):
+        raise SettingError(
+            f"INFLASH_PREDICTOR: lowrank, but {store.path} has no {lowrank.PREDICTORS}: run"
+            f" `inflash fit {store.path}`, or choose exact"
+        )
+    return settings.predictor
 
 
 def kv_token_bytes(config: dict[str, Any], item_bytes: int) -> int:
     """Bytes of keys and values of one token, all layers; `config` is the model's config.json."""
     heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
     kv_heads = config.get("num_key_value_heads") or heads
-    return int(2 * config["num_hidden_layers"] * kv_heads * head_dim * item_bytes)
+    return int(2 * config["num_hidden_layers"] * kv_heads * _head_width(config) * item_bytes)
 
 
-def predictor_bytes(predictor: str, geometry: Geometry) -> int:
+def _head_width(config: dict[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _fixed_lines(
+    settings: Settings, store: Store, config: dict[str, Any], context: int
+) -> dict[str, int]:
+    """Every line but the cache and the reserve; the kernel's without its share for the cache."""
+    geometry = store.geometry
+    computed_bytes = DTYPE_BYTES[geometry.compute_dtype]
+    lines = {
+        "resident_bytes": store.resident_bytes * computed_bytes // geometry.item_bytes,
+        "kv_bytes": context * kv_token_bytes(config, computed_bytes),
+        "predictors_bytes": _predictors_bytes(resolve_predictor(settings, store), store),
+        "workspace_bytes": _workspace_bytes(geometry, config, context),
+    }
+    kernel = KERNEL_BYTES + sum(lines.values()) // PAGE_BYTES_PER_TABLE_BYTE
+    lines |= {f"{name}_bytes": size for name, size in PROCESS_BYTES.items()}
+    lines["gateway_bytes"] += TOKENIZER_FACTOR * _tokenizer_bytes(store)
+    lines["reader_bytes"] += READER_NEURON_BYTES * geometry.layers * geometry.neurons
+    return lines | {"libraries_bytes": LIBRARIES_BYTES, "kernel_bytes": kernel}
+
+
+def _predictors_bytes(predictor: str, store: Store) -> int:
     """Weights that the predictor holds: for `exact` the first part of every bundle, as float32."""
+    geometry = store.geometry
+    if predictor == "lowrank":
+        return lowrank.predictor_bytes(store)
     if predictor == "exact":
         return geometry.layers * geometry.neurons * geometry.hidden * 4
     return 0
 
 
-def _slots_per_layer(settings: Settings, geometry: Geometry, fixed_bytes: int) -> tuple[int, ...]:
-    slot_bytes = geometry.layers * geometry.stride_bytes  # one slot in every layer
-    budget = settings.memory if settings.memory is not None else machine_bytes() // 2
-    room = budget - fixed_bytes
+def _workspace_bytes(geometry: Geometry, config: dict[str, Any], context: int) -> int:
+    """What compute takes and gives back in a step: the largest is a block of a long prompt."""
+    rows = min(PREFILL_ROWS_MAX, context)
+    part = min(max(PART_BYTES_MAX // geometry.stride_bytes, 1), geometry.neurons)
+    # One part of the bundles at a time, gathered and as float32; then its products with all rows.
+    ffn = part * (geometry.hidden * (geometry.item_bytes + 4) + 3 * rows * 4)
+    stream = STREAM_COPIES * rows * geometry.hidden * 4
+    width = config["num_attention_heads"] * _head_width(config)
+    # Queries and output, keys and values as float32, and the mask, as bytes and as float32.
+    attention = (2 * rows + 2 * context) * width * 4 + rows * context * 5
+    logits = LOGITS_COPIES * config["vocab_size"] * 4
+    return WORKSPACE_HELD * int(stream + max(ffn, attention) + logits)
+
+
+def _tokenizer_bytes(store: Store) -> int:
+    path = store.config_dir / "tokenizer.json"
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _cache_tables(cache: int) -> int:
+    return CACHE_MAPPINGS * cache // PAGE_BYTES_PER_TABLE_BYTE
+
+
+def _reserve(taken: int) -> int:
+    """The reserve of a plan whose other lines are `taken`: RESERVE_SHARE of the sum with it."""
+    return max(RESERVE_BYTES_MIN, -(-taken // (RESERVE_SHARE - 1)))
+
+
+def _slots_min(geometry: Geometry) -> int:
+    return min(SLOTS_MIN, geometry.neurons)
+
+
+def _share(each: int, settings: Settings, store: Store) -> tuple[int, ...]:
+    """The slots of every layer where they have `each` on average: as the setting `slots` says."""
+    geometry = store.geometry
+    asked = lowrank.named_shares(store)
+    if settings.slots == "use" and asked is None:
+        raise SettingError(
+            f"INFLASH_SLOTS: use, but {store.path} has no fitted predictors: run"
+            f" `inflash fit {store.path}`, or choose equal"
+        )
+    if asked is None or settings.slots in ("equal", "global"):
+        return (each,) * geometry.layers
+    total, least = each * geometry.layers, min(each, _slots_min(geometry))
+    return tuple(slots_by_use(asked, total, least, geometry.neurons))
+
+
+def _slots_per_layer(settings: Settings, geometry: Geometry, fixed: int) -> int:
+    """How many slots a layer has on average. `fixed` is the sum of the plan's lines without cache,
+    its page tables, and reserve."""
+    layer_slot = geometry.layers * geometry.stride_bytes  # one slot in every layer
+    layer_slot += _cache_tables(layer_slot)
+    smallest = fixed + _slots_min(geometry) * layer_slot
+    slots = geometry.neurons
     if settings.cache is not None:
         wanted = cache_bytes(settings.cache, geometry.ffn_bytes)
-        if settings.memory is not None and wanted > room:
-            raise SettingError(
-                f"INFLASH_CACHE: {wanted:,} bytes are more than the {max(room, 0):,} that"
-                f" INFLASH_MEMORY={budget:,} leaves; the smallest that works is"
-                f" {fixed_bytes + wanted:,} bytes"
-            )
-        room = wanted
-    slots = min(room // slot_bytes, geometry.neurons)
-    if slots < min(SLOTS_MIN, geometry.neurons):
-        smallest = SLOTS_MIN * slot_bytes
-        if settings.cache is not None:
+        slots = min(slots, wanted // (geometry.layers * geometry.stride_bytes))
+        if slots < _slots_min(geometry):
             raise SettingError(
                 f"INFLASH_CACHE: {settings.cache} is too small; the smallest cache that works is"
-                f" {smallest:,} bytes"
+                f" {_slots_min(geometry) * geometry.layers * geometry.stride_bytes:,} bytes"
             )
-        raise SettingError(
-            f"INFLASH_MEMORY: {budget:,} bytes are too few; the smallest budget that works is"
-            f" {fixed_bytes + smallest:,} bytes"
-        )
-    return (slots,) * geometry.layers
+        smallest = fixed + slots * layer_slot
+    if settings.cache is None or settings.memory is not None:
+        budget = settings.memory if settings.memory is not None else machine_bytes() // 2
+        reserve = max(RESERVE_BYTES_MIN, -(-budget // RESERVE_SHARE))
+        room = (budget - reserve - fixed) // layer_slot
+        if fixed + max(room, 0) * layer_slot < smallest:
+            raise SettingError(_refusal(settings, budget, smallest + _reserve(smallest)))
+        slots = min(slots, room)
+    return slots
 
 
-def machine_bytes() -> int:
-    """Memory that this machine has, or the container (the root of the cgroups that we see)."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(limit).read_text()))
-        except (OSError, ValueError):  # no cgroup, or "max"
-            continue
-    return total
+def _refusal(settings: Settings, budget: int, smallest: int) -> str:
+    what = f" with INFLASH_CACHE={settings.cache}" if settings.cache is not None else ""
+    return (
+        f"INFLASH_MEMORY: {budget:,} bytes are too few{what}; the smallest budget that works is"
+        f" {smallest:,} bytes"
+    )

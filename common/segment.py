@@ -10,6 +10,8 @@ The reader is the only writer. Nothing here says what a slot holds: `Resident` d
 be read only from its `Resident` to its `Release`. Python has no memory fences, so no flag in this
 region synchronises anything.
 
+Slots that are out of use give their pages back to the system, and take new ones when they return.
+
 Not `multiprocessing.shared_memory`: on Python 3.11 the exit of a process that attached unlinks it.
 """
 
@@ -21,6 +23,9 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from common.errors import UserError
 
@@ -66,6 +71,45 @@ def _allocate(fd: int, path: Path, size_bytes: int) -> None:
             f" ({stat.f_bavail * stat.f_frsize:,} bytes free: {error.strerror});"
             " choose a smaller --memory or --cache"
         ) from None
+
+
+def give_back(region: mmap.mmap, slots: npt.NDArray[np.int32], stride_bytes: int) -> bool:
+    """Frees the pages of `slots`, in which nothing may be read or written from now on.
+
+    False where the system has no way to: the slots keep their memory.
+    """
+    if not hasattr(mmap, "MADV_REMOVE"):  # another system than Linux
+        return False
+    for offset, length in _ranges(slots, stride_bytes):
+        # Whole pages only: with pages larger than a stride, an edge is a neighbour's too.
+        begin = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (offset + length) // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end:
+            region.madvise(mmap.MADV_REMOVE, begin, end - begin)
+    return True
+
+
+def take_again(path: Path, slots: npt.NDArray[np.int32], stride_bytes: int) -> bool:
+    """Allocates the pages of `slots` that were given back: else a full machine would be a SIGBUS
+    at the first write. False if memory is short; some slots may have pages then."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        for offset, length in _ranges(slots, stride_bytes):
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, offset, length)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _ranges(slots: npt.NDArray[np.int32], stride_bytes: int) -> Iterator[tuple[int, int]]:
+    """Offset and length of `slots` in the region, neighbours together."""
+    ordered = np.sort(slots).astype(np.int64)
+    for run in np.split(ordered, np.flatnonzero(np.diff(ordered) != 1) + 1):
+        if len(run):
+            yield int(run[0]) * stride_bytes, len(run) * stride_bytes
 
 
 def attach_segment(path: Path, size_bytes: int) -> mmap.mmap:

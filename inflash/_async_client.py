@@ -93,6 +93,7 @@ class AsyncClient:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        forced: Sequence[int] = (),
         logits: bool = False,
     ) -> AsyncGeneration:
         """As `Client.generate`; awaiting it sends the request."""
@@ -105,6 +106,7 @@ class AsyncClient:
             seed=seed,
             stop=stop,
             ignore_eos=ignore_eos,
+            forced=forced,
         )
         await self._connect()
         came = asyncio.Event()

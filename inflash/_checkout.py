@@ -16,8 +16,10 @@ from inflash._errors import InflashError
 COMMANDS = {
     "convert": "Make a store of a Hugging Face checkpoint.",
     "verify": "Check every byte of a store against its checksums.",
+    "fit": "Fit predictors for a store, from any text.",
     "serve": "Start a server for a store.",
     "compare": "Prove that a store answers as its checkpoint does.",
+    "eval": "Measure what fitted predictors cost in accuracy and save in bytes.",
 }
 """What scripts/ has, and the line that `inflash --help` shows for it."""
 

@@ -146,6 +146,8 @@ def _as_json(generation: Generation, ids: list[int], logprobs: list[float]) -> d
         "hit_rate": stats.hit_rate,
         "decode_hit_rate": stats.decode_hit_rate,
         "decode_bytes_per_token": stats.decode_bytes_per_token,
+        "decode_late_share": stats.decode_late_share,
+        "decode_hidden_share": stats.decode_hidden_share,
         "decode_stall_share": stats.decode_stall_share,
     }
     return {
@@ -171,6 +173,7 @@ def stats_line(stats: Stats) -> str:
             f"first after {stats.time_to_first_token_s:.2f} s",
             f"{stats.decode_bytes_per_token / 1e6:.2f} MB read per token",
             f"hit rate {100 * stats.decode_hit_rate:.1f} %",
+            f"reads hidden {100 * stats.decode_hidden_share:.0f} %",
             f"stall {100 * stats.decode_stall_share:.0f} %",
         ]
     )

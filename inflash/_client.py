@@ -91,13 +91,15 @@ class Client:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        forced: Sequence[int] = (),
         logits: bool = False,
     ) -> Generation:
         """Asks for the continuation of `prompt`: text, token ids or chat turns.
 
         The defaults are greedy. `stop`: texts that end the answer, not part of it. `logits`: send
-        float32 [vocabulary] with every token. `ValueError` for a sampling value out of range; what
-        the server refuses is raised by the iterator.
+        float32 [vocabulary] with every token. `forced`: token ids that the answer begins with,
+        given instead of chosen: their logprobs say how the model finds them. `ValueError` for a
+        sampling value out of range; what the server refuses is raised by the iterator.
         """
         sampling = make_sampling(
             max_new_tokens=max_new_tokens,
@@ -108,6 +110,7 @@ class Client:
             seed=seed,
             stop=stop,
             ignore_eos=ignore_eos,
+            forced=forced,
         )
         self._connect()
         mailbox, frames = self._session.generate(prompt, sampling, logits, time.monotonic())

@@ -30,6 +30,7 @@ class Sampling:
     seed: int | None = None  # None: a fresh one for each request
     stop: tuple[str, ...] = ()  # text that ends the answer; it is not part of it
     ignore_eos: bool = False  # go on after the model's end token: for measuring
+    forced: tuple[int, ...] = ()  # the answer's first token ids, not chosen but given: to measure
 
     def __post_init__(self) -> None:
         bounds = [
@@ -42,6 +43,7 @@ class Sampling:
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
             ("stop", all(0 < len(s) <= 256 for s in self.stop), "1 to 256 characters each"),
             ("stop", len(self.stop) <= 16, "at most 16 texts"),
+            ("forced", all(0 <= t < 2**31 for t in self.forced), "token ids"),
         ]
         for name, holds, rule in bounds:
             if not holds:
@@ -72,8 +74,14 @@ class Stats:
     stall_s: float
     decode_bytes_read: int
     decode_hits: int
-    decode_misses: int
+    decode_misses: int  # named neurons that were neither cached nor prefetched in time
+    decode_fired: int  # neurons that were needed: those that fired
+    decode_late_fired: int  # late neurons: needed and, when their layer came, not there
+    decode_prefetched: int  # hits that look-ahead brought for the token that needed them
+    decode_wasted_bytes: int  # prefetched for a layer that then did not need them
+    decode_read_s: float  # time in which reads were in flight
     decode_stall_s: float
+    decode_flash_stall_s: float  # of that, waiting for reads
 
     @property
     def tokens_per_s(self) -> float:
@@ -96,6 +104,18 @@ class Stats:
     def decode_bytes_per_token(self) -> float:
         """Bytes read from flash for each token after the first; 0 if there is none."""
         return self.decode_bytes_read / (self.new_tokens - 1) if self.new_tokens > 1 else 0.0
+
+    @property
+    def decode_late_share(self) -> float:
+        """Share of the neurons that fired, without prefill, for which compute had to wait."""
+        return self.decode_late_fired / self.decode_fired if self.decode_fired else 0.0
+
+    @property
+    def decode_hidden_share(self) -> float:
+        """Share of the time in which reads were in flight that compute did not wait for them."""
+        if not self.decode_read_s:
+            return 1.0
+        return max(1.0 - self.decode_flash_stall_s / self.decode_read_s, 0.0)
 
     @property
     def decode_stall_share(self) -> float:

@@ -17,6 +17,7 @@ def make_sampling(
     seed: int | None,
     stop: str | Sequence[str],
     ignore_eos: bool,
+    forced: Sequence[int],
 ) -> Sampling:
     """`ValueError` for a value out of range, `TypeError` for one of another type."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -31,4 +32,5 @@ def make_sampling(
         seed=None if seed is None else int(seed),
         stop=stops,
         ignore_eos=bool(ignore_eos),
+        forced=tuple(int(token) for token in forced),
     )

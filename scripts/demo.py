@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import subprocess
 import sys
 import tempfile
@@ -13,14 +13,19 @@ from rich.table import Table
 
 from common.errors import UserError
 from common.launch import CHECKOUT, Server
+from common.lowrank import REPORT
 from common.store.store import Store
 from inflash import Client, Stats
 from inflash._errors import InflashError
 from scripts.compare import prove, verdict
+from scripts.demo_corpus import write_texts
 
 MODEL = CHECKOUT / "models" / "demo"
-STORE = CHECKOUT / ".demo" / "store"
+WORK = CHECKOUT / ".demo"
+STORE = WORK / "store"
 CACHE = "25%"
+# A narrow model (hidden 256) needs ranks that are a large part of its width: --size allows them.
+FIT = ("--tokens", "40000", "--passes", "1.5", "--size", "110%")
 PROMPTS = (
     "def ",
     "import os\nimport sys\n\n\nclass ",
@@ -33,10 +38,13 @@ def main() -> None:
     console = Console(highlight=False)
     try:
         convert(console)
+        fit(console)
         stats = generate(console)
         console.print(figures(stats, Store.open(STORE)))
+        console.print(predicted(stats))
         options = {"cache": CACHE, "predictor": "exact"}
-        console.print(f"\n[dim]$ inflash compare {name(STORE)} {name(MODEL)} --cache {CACHE}[/]")
+        command = f"inflash compare {name(STORE)} {name(MODEL)} --cache {CACHE}"
+        console.print(f"\n[dim]$ {command}[/]")
         proofs = prove(STORE, MODEL, PROMPTS, 64, options)
         console.print(verdict(proofs))
     except (UserError, InflashError) as error:
@@ -52,17 +60,32 @@ def name(path: Path) -> str:
 
 
 def convert(console: Console) -> None:
-    """Converts anew each time: it is the first half of the main job."""
-    shutil.rmtree(STORE, ignore_errors=True)
-    STORE.parent.mkdir(exist_ok=True)
-    console.print(f"[dim]$ inflash convert {name(MODEL)} {name(STORE)}[/]")
-    command = [sys.executable, "-m", "scripts.convert", name(MODEL), name(STORE)]
-    if subprocess.run(command, cwd=CHECKOUT, check=False).returncode:
-        sys.exit(1)
+    """Makes the store, unless an earlier demo did."""
+    WORK.mkdir(exist_ok=True)
+    if STORE.exists():
+        console.print(f"[dim]{name(STORE)} is there from an earlier run[/]")
+        return
+    run(console, "convert", name(MODEL), name(STORE))
+
+
+def fit(console: Console) -> None:
+    """Fits predictors on text like that which the model was trained on: installed Python source."""
+    text = WORK / "train.txt"
+    if not text.exists():
+        write_texts(WORK)
+    run(console, "fit", name(STORE), "--text", name(text), *FIT)
+
+
+def run(console: Console, command: str, *arguments: str) -> None:
+    """One of inflash's commands, as a user would type it; ends the demo if it fails."""
+    console.print(f"\n[dim]$ inflash {command} {' '.join(arguments)}[/]")
+    process = [sys.executable, "-m", f"scripts.{command}", *arguments]
+    if status := subprocess.run(process, cwd=CHECKOUT, check=False).returncode:
+        sys.exit(status)
 
 
 def generate(console: Console) -> list[Stats]:
-    """Serves with a small cache and streams an answer to each prompt."""
+    """Serves with a small cache and the fitted predictors and streams an answer to each prompt."""
     console.print(f"\n[dim]$ inflash serve {name(STORE)} --cache {CACHE}[/]")
     stats = []
     with tempfile.TemporaryDirectory(prefix="inflash-") as run_dir:
@@ -87,7 +110,8 @@ def figures(stats: list[Stats], store: Store) -> Table:
     """A row per prompt. Tokens after the first only: the first one's prompt streams all layers."""
     table = Table(title=f"cache: {CACHE} of {store.geometry.ffn_bytes / 1e6:.1f} MB FFN weights")
     table.add_column("prompt", no_wrap=True)
-    for heading in ("tokens/s", "hit rate", "read per token", "of the FFN", "stall"):
+    headings = ("tokens/s", "hit rate", "late", "read per token", "of the FFN", "reads hidden")
+    for heading in headings:
         table.add_column(heading, justify="right")
     for prompt, s in zip(PROMPTS, stats, strict=True):
         read = s.decode_bytes_per_token
@@ -95,11 +119,24 @@ def figures(stats: list[Stats], store: Store) -> Table:
             repr(prompt)[:20] + "…" if len(repr(prompt)) > 20 else repr(prompt),
             f"{s.tokens_per_s:.1f}",
             f"{s.decode_hit_rate:.1%}",
+            f"{s.decode_late_share:.1%}",
             f"{read / 1e3:,.0f} kB",
             f"{read / store.geometry.ffn_bytes:.1%}",
-            f"{s.decode_stall_share:.0%}",
+            f"{s.decode_hidden_share:.0%}",
         )
     return table
+
+
+def predicted(stats: list[Stats]) -> str:
+    """What prediction came to: the fit's recall on held-out text, and what these answers saw."""
+    totals = json.loads((STORE / REPORT).read_text(encoding="utf-8"))["totals"]
+    ahead, same = totals["ahead"], totals["same"]
+    late = sum(s.decode_late_fired for s in stats) / max(sum(s.decode_fired for s in stats), 1)
+    return (
+        f"prediction on held-out text: {ahead['recall']:.1%} of what fires found one layer ahead"
+        f" ({ahead['named_per_active']:.2f} named for each), {same['recall']:.1%} in the layer"
+        f" itself ({same['named_per_active']:.2f}); {late:.1%} of the neurons that fired were late"
+    )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ Tokens = npt.NDArray[np.uint16]
 END = "<|endoftext|>"
 OPENERS = ("def", "class", "import", "from")
 TRAIN_TOKENS_MIN = 1_000_000
+SAMPLE_CHARACTERS = 1_500_000  # about 400,000 tokens
 HELD_OUT_EVERY = 50  # one file in so many, chosen by the hash of its relative path
 FILE_BYTES_MIN, FILE_BYTES_MAX = 500, 150_000
 SKIPPED_FOLDERS = frozenset(
@@ -192,6 +193,21 @@ def make_corpus(work: Path, settings: Settings, console: Console) -> dict[str, A
         raise SystemExit(f"only {facts['train']['tokens']} tokens of source text found")
     index.write_text(json.dumps(facts))
     return facts
+
+
+def write_texts(folder: Path) -> tuple[Path, Path]:
+    """Writes train.txt and held-out.txt, samples of the files that the model was trained on and of
+    those that it never saw: to fit predictors with, and to measure them on."""
+    texts = read_sources()
+    paths = folder / "train.txt", folder / "held-out.txt"
+    for path, held in zip(paths, (False, True), strict=True):
+        size, kept = 0, []
+        for name in sorted(texts, key=path_rank):
+            if (path_rank(name) % HELD_OUT_EVERY == 0) == held and size < SAMPLE_CHARACTERS:
+                kept.append(texts[name])
+                size += len(texts[name])
+        path.write_text("\n".join(kept), encoding="utf-8")
+    return paths
 
 
 class Batches:

@@ -10,8 +10,28 @@ import click
 _OPTIONS = [
     click.option("--memory", metavar="SIZE", help="Budget for everything. [default: half of RAM]"),
     click.option("--cache", metavar="SIZE|SHARE", help="Cache size instead, as 2GB or 25%."),
-    click.option("--predictor", type=click.Choice(["all", "exact"]), help="[default: exact]"),
+    click.option(
+        "--predictor",
+        type=click.Choice(["auto", "all", "exact", "lowrank"]),
+        help="[default: auto: lowrank if the store was fitted, else exact]",
+    ),
+    click.option(
+        "--policy",
+        type=click.Choice(["window", "decay"]),
+        help="Who leaves the cache. [default: decay]",
+    ),
     click.option("--window", metavar="auto|K", help="Tokens a neuron stays. [default: auto]"),
+    click.option(
+        "--slots",
+        type=click.Choice(["auto", "equal", "use", "global"]),
+        help="Of a layer: equal; by use, as the predictor names; or one pool for all."
+        " [default: auto: use if the store was fitted, else equal]",
+    ),
+    click.option(
+        "--extras",
+        type=click.Choice(["none", "ahead", "resident"]),
+        help="Neurons that are computed though not named. [default: ahead]",
+    ),
     click.option("--context", metavar="TOKENS", help="Prompt and answer. [default: 2048]"),
     click.option("--threads", metavar="N", help="Of compute. [default: cores less one]"),
     click.option("--backend", type=click.Choice(["auto", "aio", "threads"]), help="How to read."),

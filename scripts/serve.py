@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import signal
 import sys
 import time
@@ -13,7 +15,8 @@ from common.config import Settings
 from common.errors import UserError
 from common.launch import Server
 from common.limits import POLL_S
-from common.plan import make_plan
+from common.pagecache import forget_imports
+from common.plan import Plan, make_plan, resolve_predictor
 from common.store.store import Store
 from inflash._errors import InflashError
 from scripts.options import server_options
@@ -23,16 +26,27 @@ from scripts.options import server_options
 @click.argument("store", type=click.Path(path_type=Path))
 @server_options
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where sockets and logs go.")
-def main(store: Path, run_dir: Path | None, **options: str | None) -> None:
+@click.option("--plan", "only_plan", is_flag=True, help="Print the memory plan and start nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --plan: print it as one object.")
+def main(
+    store: Path, run_dir: Path | None, only_plan: bool, as_json: bool, **options: str | None
+) -> None:
     """Serve STORE until Ctrl-C: four processes, found by `inflash generate` and by Client().
 
-    Prints one line when it is ready. Logs: RUN_DIR/log/*.jsonl.
+    Prints the memory plan, and one line when it is ready. Logs: RUN_DIR/log/*.jsonl.
     """
     given = {key: value for key, value in options.items() if value is not None}
     given["store"] = str(store.absolute())
     if run_dir is not None:
         given["run_dir"] = str(run_dir.absolute())
+    if as_json and not only_plan:
+        raise click.UsageError("--json goes with --plan")
     try:
+        if only_plan:
+            settings = Server(given).settings
+            plan = make_plan(settings, Store.open(settings.store))
+            print(json.dumps(dataclasses.asdict(plan)) if as_json else plan_table(plan))
+            return
         sys.exit(serve(given))
     except (UserError, InflashError) as error:
         sys.exit(f"error: {error}")
@@ -44,11 +58,14 @@ def serve(options: dict[str, str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stopping.append(received))
     server = Server(options)
-    line = ready_line(server.settings)  # a bad store or plan is told before anything starts
+    store = Store.open(server.settings.store)
+    plan = make_plan(server.settings, store)  # a bad one is told before anything starts
+    print(plan_table(plan), flush=True)
     try:
         server.start(lambda: bool(stopping))
         if not stopping:
-            print(line, flush=True)
+            print(ready_line(server.settings, store, plan), flush=True)
+        forget_imports()
         while not stopping:
             if lost := server.lost():
                 print(f"error: {' '.join(lost)}; the server stops", file=sys.stderr)
@@ -60,15 +77,27 @@ def serve(options: dict[str, str]) -> int:
         server.stop()
 
 
-def ready_line(settings: Settings) -> str:
+def ready_line(settings: Settings, store: Store, plan: Plan) -> str:
     """What is served, in a line."""
-    store = Store.open(settings.store)
-    plan, geometry = make_plan(settings, store), store.geometry
+    geometry = store.geometry
     return (
         f"ready: {settings.store.name} ({store.family}, {geometry.layers} × {geometry.neurons:,}"
-        f" neurons, {geometry.dtype}) · predictor {settings.predictor}"
+        f" neurons, {geometry.dtype}) · predictor {resolve_predictor(settings, store)}"
         f" · cache {plan.cache_bytes / 1e6:,.1f} MB = {plan.cache_bytes / geometry.ffn_bytes:.0%}"
         f" of the FFN · memory {plan.memory_bytes / 1e9:.2f} GB · {settings.run_dir}"
+    )
+
+
+def plan_table(plan: Plan) -> str:
+    """The plan's lines and their sum, aligned; predictors are weights, predictor is a process."""
+    notes = {
+        "kv": f"{plan.context:,} tokens",
+        "cache": f"{sum(plan.slots):,} slots",
+        "reserve": "kept free",
+    }
+    rows = [*plan.lines().items(), ("memory", plan.memory_bytes)]
+    return "\n".join(
+        f"{name:<11} {size / 1e6:>10,.1f} MB  {notes.get(name, '')}".rstrip() for name, size in rows
     )
 
 

@@ -8,7 +8,7 @@ exactly the tensors that the model needs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def build_skeleton(
         config: transformers' configuration, as AutoConfig gives it; fatrelu is understood.
         ffn: makes the module that takes a layer's FFN input, [..., hidden], and returns its
             output; activation and biases are its own.
-        dtype: of the parameters. They stay on the meta device: `load_resident` fills them.
+        dtype: of the parameters. They stay on the meta device until `load_resident` or `fill`.
         attention: name of an attention function registered with transformers.
 
     Returns:
@@ -87,33 +87,59 @@ def _rebuild_buffers(model: Any) -> None:
 def load_resident(model: Any, paths: Iterable[Path]) -> None:
     """Fills a skeleton from safetensors files and ties what the configuration ties.
 
-    Tensors are read, not mapped: mapped pages would leave memory under pressure, and come back by
-    page faults. Those of another floating dtype are converted to the parameter's.
+    `StoreError` names tensors that are missing, unexpected or misshapen.
+    """
+    fill(model, find_resident(model, paths))
+    model.tie_weights()
+
+
+def find_resident(model: Any, paths: Iterable[Path]) -> dict[str, Tensor]:
+    """Where a skeleton's parameters lie in safetensors files, by name; the files are not read.
+
     `StoreError` names tensors that are missing, unexpected or misshapen.
     """
     expected = {name: p for name, p in model.state_dict(keep_vars=True).items() if p.is_meta}
+    found: dict[str, Tensor] = {}
     for path in paths:
-        tensors = read_header(path)
-        _check(path, tensors, expected)
-        state = {name: _read(t).to(expected.pop(name).dtype) for name, t in tensors.items()}
-        model.load_state_dict(state, strict=False, assign=True)
-    model.requires_grad_(False)
-    model.tie_weights()
-    missing = [name for name, p in model.named_parameters() if p.is_meta]
+        for name, tensor in read_header(path).items():
+            _check(path, tensor, None if name in found else expected.get(name))
+            found[name] = tensor
+    missing = expected.keys() - found.keys() - model.all_tied_weights_keys.keys()
     if missing:
         raise StoreError(f"the store lacks resident tensors: {', '.join(sorted(missing))}")
+    return found
 
 
-def _check(path: Path, tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Reads `tensors`, named as `module` names its parameters, and puts them in their places.
+
+    They are read, not mapped: mapped pages would leave memory under pressure, and come back by
+    page faults. Those of another floating dtype are converted to the parameter's.
+    """
     for name, tensor in tensors.items():
-        if name not in expected:
-            raise StoreError(f"{path}: tensor {name} is not expected, or is there twice")
-        shape = tuple(expected[name].shape)
-        if tensor.shape != shape or tensor.dtype not in DTYPES:
-            raise StoreError(
-                f"{path}: tensor {name} is {tensor.dtype} {list(tensor.shape)},"
-                f" expected shape {list(shape)}"
-            )
+        _put(module, name, _read(tensor).to(module.get_parameter(name).dtype))
+
+
+def empty(module: nn.Module, names: Iterable[str]) -> None:
+    """Puts parameters back on the meta device: their memory is free."""
+    for name in names:
+        _put(module, name, module.get_parameter(name).to("meta"))
+
+
+def _put(module: nn.Module, name: str, values: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner).register_parameter(leaf, nn.Parameter(values, requires_grad=False))
+
+
+def _check(path: Path, tensor: Tensor, expected: torch.Tensor | None) -> None:
+    if expected is None:
+        raise StoreError(f"{path}: tensor {tensor.name} is not expected, or is there twice")
+    shape = tuple(expected.shape)
+    if tensor.shape != shape or tensor.dtype not in DTYPES:
+        raise StoreError(
+            f"{path}: tensor {tensor.name} is {tensor.dtype} {list(tensor.shape)},"
+            f" expected shape {list(shape)}"
+        )
 
 
 def _read(tensor: Tensor) -> torch.Tensor:

@@ -96,6 +96,8 @@ class Store:
                         f"{self.path / entry.path} is damaged: it is not what its digest says;"
                         " run inflash verify, and convert the model again"
                     )
+                if not entry.path.startswith(RESIDENT_DIR):  # those are read next
+                    forget_pages(file.fileno())
 
     def biases(self, layer: int) -> dict[str, Floats]:
         """float32 copies of the layer's FFN biases, those that the model has.

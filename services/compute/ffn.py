@@ -10,26 +10,14 @@ A neuron that does not fire is skipped before its other parts are touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.model.act import make_act
 from common.model.activation import Activation
 from common.store.geometry import Geometry
 from services.compute.pipeline import Part, Pipeline
-
-Act = Callable[[torch.Tensor], torch.Tensor]
-
-
-def make_act(activation: Activation) -> Act:
-    """The activation as a function of float32 pre-activations; 0 where a neuron does not fire."""
-    if activation.name == "relu2":
-        return lambda z: F.relu(z).square()
-    if activation.name == "fatrelu":
-        return lambda z: F.threshold(z, activation.threshold, 0.0)
-    return F.relu
 
 
 class FlashFFN(nn.Module):
@@ -82,6 +70,7 @@ class FlashFFN(nn.Module):
         z = torch.mv(self._gather(first, part.slots, x.dtype), x).float()
         h = self.act(self._bias(z, first, part.ids))
         fires = h.nonzero().squeeze(1)
+        self.pipeline.fired(part, len(fires))
         if not len(fires):
             return
         h, ids, slots = h[fires], part.ids[fires], part.slots[fires]

@@ -27,7 +27,13 @@ class Tally:
     reads: int = 0
     hits: int = 0
     misses: int = 0
+    fired: int = 0
+    late_fired: int = 0
+    prefetched: int = 0
+    wasted_bytes: int = 0
+    read_ns: int = 0
     stall_ns: int = 0
+    flash_ns: int = 0
 
     def add(self, waits: list[LayerWaits]) -> None:
         for layer in waits:
@@ -35,7 +41,13 @@ class Tally:
             self.reads += layer.reads
             self.hits += layer.hits
             self.misses += layer.misses
+            self.fired += layer.fired
+            self.late_fired += layer.late_fired
+            self.prefetched += layer.prefetched
+            self.wasted_bytes += layer.wasted_bytes
+            self.read_ns += layer.read_ns
             self.stall_ns += layer.stall_ns
+            self.flash_ns += layer.flash_ns
 
 
 @dataclass(frozen=True)
@@ -69,9 +81,11 @@ class Generation:
         sequence[: len(prompt)] = prompt
         sampler = Sampler(self.admit.sampling)
         logits = self._prefill(prompt)
+        forced = self.admit.sampling.forced
         for count in range(1, limit + 1):
             end = len(prompt) + count - 1
-            token, logprob = sampler.choose(sequence[:end], logits)
+            given = forced[count - 1] if count <= len(forced) else None
+            token, logprob = sampler.choose(sequence[:end], logits, given)
             sequence[end] = token
             self._mark(count)
             yield Choice(token, logprob, logits)
@@ -116,5 +130,11 @@ class Generation:
             decode_bytes_read=self.decode.bytes_read,
             decode_hits=self.decode.hits,
             decode_misses=self.decode.misses,
+            decode_fired=self.decode.fired,
+            decode_late_fired=self.decode.late_fired,
+            decode_prefetched=self.decode.prefetched,
+            decode_wasted_bytes=self.decode.wasted_bytes,
+            decode_read_s=self.decode.read_ns / 1e9,
             decode_stall_s=self.decode.stall_ns / 1e9,
+            decode_flash_stall_s=self.decode.flash_ns / 1e9,
         )

@@ -84,7 +84,8 @@ class ComputeLoop:
         if len(admit.prompt) % 4 or not 0 < tokens < self._context:
             return False
         ids = torch.frombuffer(bytearray(admit.prompt), dtype=torch.int32)
-        return int(ids.min()) >= 0 and int(ids.max()) < self._vocabulary
+        forced = max(admit.sampling.forced, default=0)
+        return int(ids.min()) >= 0 and max(int(ids.max()), forced) < self._vocabulary
 
     def _generate(self, admit: Admit) -> None:
         self._kv.reset()
@@ -131,6 +132,9 @@ class ComputeLoop:
         self._step = next(self._steps)
         began_ns = time.monotonic_ns()
         self._pipeline.begin(request, self._step, lambda: self._is_aborted(request))
+        # oneDNN makes and keeps a kernel per number of rows, which a step of one token has as many
+        # of as there are context lengths and part sizes: gigabytes, and slower than without.
+        torch.backends.mkldnn.enabled = len(tokens) > 1  # type: ignore[assignment]
         output = self._model(
             input_ids=tokens[None],
             position_ids=torch.arange(position, position + len(tokens))[None],
@@ -152,9 +156,15 @@ class ComputeLoop:
                 rows=w.rows,
                 hits=w.hits,
                 misses=w.misses,
+                fired=w.fired,
+                late_fired=w.late_fired,
+                prefetched=w.prefetched,
+                extra=w.extra,
                 parts=w.parts,
                 reads=w.reads,
                 bytes_read=w.bytes_read,
+                wasted_bytes=w.wasted_bytes,
+                read_us=w.read_ns // 1000,
                 wait_predictor_us=w.predictor_ns // 1000,
                 wait_queue_us=w.queue_ns // 1000,
                 wait_flash_us=w.flash_ns // 1000,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from common.model.families import family_named
 from common.model.skeleton import build_skeleton, load_resident
 from common.store.store import Store
 from services.compute.attention import ATTENTION
@@ -26,4 +27,11 @@ def load_model(store: Store, pipeline: Pipeline) -> Any:
     dtype = TORCH_DTYPES[store.geometry.compute_dtype]
     model: nn.Module = build_skeleton(config, flash_ffn, dtype, attention=ATTENTION)
     load_resident(model, store.resident_paths())
+
+    def tell(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hidden = args[0] if args else named["hidden_states"]
+        pipeline.embedded(hidden.reshape(-1, hidden.shape[-1]))
+
+    layers = model.get_submodule(family_named(config.model_type).layers)
+    layers.get_submodule("0").register_forward_pre_hook(tell, with_kwargs=True)
     return model

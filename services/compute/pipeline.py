@@ -18,6 +18,7 @@ import torch
 from common.errors import LinkError
 from common.lifecycle import Service
 from common.limits import PART_S, POLL_S, PREDICT_ROWS_MAX, SLEPT_S, START_S
+from common.lowrank import EMBEDDING
 from common.messages import Attached, Cache, Drop, Predict, Release, Resident, Unreadable
 from common.segment import attach_segment, segment_path
 from common.store.geometry import Geometry
@@ -33,10 +34,12 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Neurons that can be multiplied now: ids and slots, int64 [count] each."""
+    """Neurons that can be multiplied now: ids and slots, int64 [count] each; and whether compute
+    had to wait for them."""
 
     ids: torch.Tensor
     slots: torch.Tensor
+    late: bool
 
 
 class Pipeline:
@@ -95,26 +98,31 @@ class Pipeline:
 
         Raises StepFailedError, StepAbortedError, and LinkError if no part comes within PART_S.
         """
-        rows = len(x) if len(x) <= PREDICT_ROWS_MAX else 0
-        frame = x[:rows].float().contiguous().numpy().tobytes()
         waits = LayerWaits(len(x), time.monotonic_ns())
         self.waits.append(waits)
-        self._predict.send(Predict(self._request, self._step, layer, rows, frame))
+        self._ask(layer, x)
         while True:
             resident = self._next(layer, waits)
-            count = len(resident.ids) // 4
-            if resident.part == 0:
-                waits.hits += count
-            else:
-                waits.misses += count
-            waits.parts += 1
-            waits.reads += resident.reads
-            waits.bytes_read += resident.bytes_read
-            if count:
-                yield Part(_indices(resident.ids), _indices(resident.slots))
+            waits.count(resident)
+            if len(resident.ids):
+                yield Part(_indices(resident.ids), _indices(resident.slots), resident.part > 0)
             self._release.send(Release(self._step, layer, resident.part))
             if resident.left == 0:
                 return
+
+    def fired(self, part: Part, count: int) -> None:
+        """So many neurons of a part that was yielded did fire."""
+        self.waits[-1].fired += count
+        self.waits[-1].late_fired += count if part.late else 0
+
+    def embedded(self, x: torch.Tensor) -> None:
+        """Tells what enters layer 0, `x` [rows, hidden]: layer 0 is looked ahead from it."""
+        self._ask(EMBEDDING, x)
+
+    def _ask(self, layer: int, x: torch.Tensor) -> None:
+        whole = len(x) > PREDICT_ROWS_MAX
+        frame = (x[-1:] if whole else x).float().contiguous().numpy().tobytes()
+        self._predict.send(Predict(self._request, self._step, layer, whole, frame))
 
     def _next(self, layer: int, waits: LayerWaits) -> Resident:
         since_ns = looked_ns = time.monotonic_ns()
@@ -155,6 +163,8 @@ class Pipeline:
     def _is_sound(self, message: Resident) -> bool:
         ids, slots = message.ids, message.slots
         if len(ids) != len(slots) or len(ids) % 4 or message.left < 0 or message.part < 0:
+            return False
+        if not 0 <= message.prefetched + message.extra <= len(ids) // 4:
             return False
         return _within(ids, self._geometry.neurons) and _within(slots, len(self.cache))
 

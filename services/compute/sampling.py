@@ -39,9 +39,11 @@ class Sampler:
         if sampling.top_p < 1.0:
             self._processors.append(TopPLogitsWarper(sampling.top_p))
 
-    def choose(self, tokens: torch.Tensor, logits: torch.Tensor) -> tuple[int, float]:
-        """The next token after `tokens` int64 [count] by `logits` float32 [vocabulary], and its
-        log-probability before temperature, penalties and filters.
+    def choose(
+        self, tokens: torch.Tensor, logits: torch.Tensor, given: int | None = None
+    ) -> tuple[int, float]:
+        """The next token after `tokens` int64 [count] by `logits` float32 [vocabulary], or the
+        `given` one, and its log-probability before temperature, penalties and filters.
 
         `StepFailedError` for logits that are no numbers: any token chosen by them would be wrong.
         """
@@ -50,6 +52,8 @@ class Sampler:
                 "compute", f"the logits after {len(tokens)} tokens are not finite: the model"
                 " overflows its number format; convert a float32 or bfloat16 version of it"
             )  # fmt: skip
+        if given is not None:
+            return given, float(logits[given] - logits.logsumexp(0))
         scores: torch.Tensor = self._processors(tokens[None], logits[None].clone())[0]  # type: ignore[arg-type]
         if self._greedy:
             token = int(scores.argmax())

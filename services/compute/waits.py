@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.messages import Resident
+
 
 @dataclass(slots=True)
 class LayerWaits:
@@ -17,10 +19,16 @@ class LayerWaits:
     rows: int
     asked_ns: int
     hits: int = 0
-    misses: int = 0
+    misses: int = 0  # named neurons that were neither cached nor prefetched in time
+    fired: int = 0  # neurons that were needed: of a step of one row, those that fired
+    late_fired: int = 0  # of those, the misses: late neurons
+    prefetched: int = 0  # hits that this step's look-ahead brought
+    extra: int = 0  # neurons that came though the predictor did not name them
     parts: int = 0
     reads: int = 0
     bytes_read: int = 0
+    wasted_bytes: int = 0  # prefetched and not needed
+    read_ns: int = 0  # time in which the reader had reads in flight
     predictor_ns: int = 0
     queue_ns: int = 0
     flash_ns: int = 0
@@ -28,6 +36,21 @@ class LayerWaits:
     @property
     def stall_ns(self) -> int:
         return self.predictor_ns + self.queue_ns + self.flash_ns
+
+    def count(self, part: Resident) -> None:
+        """Counts a part that has come."""
+        neurons = len(part.ids) // 4
+        if part.part == 0:
+            self.hits += neurons - part.extra
+            self.prefetched += part.prefetched
+            self.extra += part.extra
+        else:
+            self.misses += neurons
+        self.parts += 1
+        self.reads += part.reads
+        self.bytes_read += part.bytes_read
+        self.wasted_bytes += part.wasted_bytes
+        self.read_ns += part.read_ns
 
     def add(
         self, since_ns: int, until_ns: int, named_ns: int, taken_ns: int, landed_ns: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,14 @@ class Prompts:
             raise Refusal("the prompt is empty")
         if len(ids) + 1 > self.context:
             raise self._too_long(f"{len(ids):,}")
-        if not (min(ids) >= 0 and max(ids) < self.vocabulary):
-            wrong = next(i for i in ids if not 0 <= i < self.vocabulary)
-            raise Refusal(f"token id {wrong} is not in the vocabulary, 0 to {self.vocabulary - 1}")
+        self.check(ids)
         return array("i", ids)
+
+    def check(self, ids: Sequence[int]) -> None:
+        """`Refusal` for a token id that the model does not have."""
+        wrong = next((i for i in ids if not 0 <= i < self.vocabulary), None)
+        if wrong is not None:
+            raise Refusal(f"token id {wrong} is not in the vocabulary, 0 to {self.vocabulary - 1}")
 
     def _ids(self, prompt: Prompt) -> list[int] | tuple[int, ...]:
         if isinstance(prompt, str):

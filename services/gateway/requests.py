@@ -101,6 +101,7 @@ class Requests:
             if self.full:
                 raise Refusal(f"the queue is full ({QUEUE_MAX} waiting); try again later")
             prompt = self._prompts.read(message.prompt)
+            self._prompts.check(message.sampling.forced)
         except Refusal as refusal:
             return self.refuse(client, message.request, str(refusal))
         room = self._prompts.context - len(prompt)
@@ -317,7 +318,13 @@ class Requests:
             decode_bytes_read=0,
             decode_hits=0,
             decode_misses=0,
+            decode_fired=0,
+            decode_late_fired=0,
+            decode_prefetched=0,
+            decode_wasted_bytes=0,
+            decode_read_s=0.0,
             decode_stall_s=0.0,
+            decode_flash_stall_s=0.0,
         )
 
     def _count(self, name: str, by: int = 1) -> None:

@@ -8,53 +8,75 @@ import numpy as np
 
 from common.lifecycle import Service
 from common.limits import POLL_S, PREDICT_ROWS_MAX
-from common.links import Link
+from common.lowrank import EMBEDDING, Floats, Ids
 from common.messages import Fetch, Predict
+from common.plan import resolve_predictor
 from common.store.geometry import Geometry
 from common.store.store import Store
-from services.predictor.predictors import PREDICTORS, Floats, Predictor
+from services.predictor.predictors import PREDICTORS, Predictor
 
 
 def serve(service: Service, store: Store) -> None:
     """Runs until asked to stop."""
-    predictor = PREDICTORS[service.settings.predictor](store)
-    whole_layer = np.arange(store.geometry.neurons, dtype=np.int32).tobytes()
-    inbox = service.receive_from("predict")
-    outbox = service.send_to("fetch")
+    name = resolve_predictor(service.settings, store)
+    loop = PredictorLoop(service, store.geometry, PREDICTORS[name](store))
     service.ready(store.id)
-    while service.running():
-        if inbox.socket.poll(int(POLL_S * 1000)):
-            answer(service, store.geometry, predictor, whole_layer, inbox, outbox)
+    loop.run()
 
 
-def answer(
-    service: Service,
-    geometry: Geometry,
-    predictor: Predictor,
-    whole_layer: bytes,
-    inbox: Link,
-    outbox: Link,
-) -> None:
-    """Answers the requests for prediction that are there; a senseless one is counted."""
-    for message in inbox.receive():
-        x = input_of(message, geometry)
+class PredictorLoop:
+    """The loop and its hands: two links and a clock."""
+
+    def __init__(self, service: Service, geometry: Geometry, predictor: Predictor):
+        self._service = service
+        self._geometry = geometry
+        self._predictor = predictor
+        self._inbox = service.receive_from("predict")
+        self._outbox = service.send_to("fetch")
+        self._whole_layer = np.arange(geometry.neurons, dtype=np.int32)
+        self._request = -1
+
+    def run(self) -> None:
+        while self._service.running():
+            if self._inbox.socket.poll(int(POLL_S * 1000)):
+                for message in self._inbox.receive():
+                    self._answer(message)
+
+    def _answer(self, message: Predict) -> None:
+        """Names the layer's own neurons first: compute waits for them. Then the next layer's."""
+        x = input_of(message, self._geometry)
         if x is None:
-            service.count("bad_messages")
-            continue
-        began = time.perf_counter_ns()
-        ids = predictor.name(message.layer, x).tobytes() if len(x) else whole_layer
-        service.count("predictions")
-        service.count("named", len(ids) // 4)
-        service.count("predict_us", (time.perf_counter_ns() - began) // 1000)
-        fetch = Fetch(message.request, message.step, message.layer, time.monotonic_ns(), ids)
-        outbox.send(fetch)
+            self._service.count("bad_messages")
+            return
+        if message.request != self._request:
+            self._predictor.forget()
+            self._request = message.request
+        began_ns = time.perf_counter_ns()
+        if message.layer != EMBEDDING:
+            ids = self._whole_layer if message.whole else self._predictor.name(message.layer, x)
+            self._send(message, message.layer, False, ids)
+        if len(x) == 1 and not message.whole:
+            # Of a block of tokens only the last has a token before it whose layers are known.
+            ahead = self._predictor.look_ahead(message.layer, x[0])
+            if ahead is not None:
+                self._send(message, message.layer + 1, True, ahead)
+        self._predictor.remember(message.layer, x[-1])
+        self._service.count("predictions")
+        self._service.count("predict_us", (time.perf_counter_ns() - began_ns) // 1000)
+
+    def _send(self, message: Predict, layer: int, prefetch: bool, ids: Ids) -> None:
+        self._service.count("named_ahead" if prefetch else "named", len(ids))
+        named_ns = time.monotonic_ns()
+        self._outbox.send(
+            Fetch(message.request, message.step, layer, prefetch, named_ns, ids.tobytes())
+        )
 
 
 def input_of(message: Predict, geometry: Geometry) -> Floats | None:
     """The FFN input [rows, hidden] of a message, or None if it does not fit the model."""
-    rows = message.rows
-    if not 0 <= message.layer < geometry.layers or not 0 <= rows <= PREDICT_ROWS_MAX:
+    rows, rest = divmod(len(message.x), geometry.hidden * 4)
+    if rest or not 1 <= rows <= PREDICT_ROWS_MAX:
         return None
-    if len(message.x) != rows * geometry.hidden * 4:
+    if not EMBEDDING <= message.layer < geometry.layers:
         return None
     return np.frombuffer(message.x, dtype="<f4").reshape(rows, geometry.hidden)

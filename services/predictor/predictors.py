@@ -2,6 +2,7 @@
 
     all      every neuron: the dense baseline
     exact    the neurons that fire, from weights held in memory: for small models and for proofs
+    lowrank  those that fitted factors name, for this layer and, a layer ahead, for the next one
 
 A predictor that names too many costs reads; one that names too few costs accuracy. `all` and
 `exact` lose nothing.
@@ -13,17 +14,27 @@ from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from common.lowrank import Before, Floats, Ids, read_predictors
 from common.store.store import Store
-
-Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int32]
 
 
 class Predictor(Protocol):
     def name(self, layer: int, x: Floats) -> Ids:
         """Ascending ids of the neurons that may fire for any row of `x` [rows, hidden]."""
+
+    def look_ahead(self, layer: int, x: Floats) -> Ids | None:
+        """Ascending ids of the neurons of the layer after `layer` that will probably fire.
+
+        `x` [hidden] is the input of `layer` (-1: the embedding) for the newest token. None: there
+        is no layer after it, or nothing can be said.
+        """
+
+    def remember(self, layer: int, x: Floats) -> None:
+        """`x` [hidden] was the input of `layer`: the next token's look-ahead starts from it."""
+
+    def forget(self) -> None:
+        """The next token follows on none that was seen: another request begins."""
 
 
 class Everything:
@@ -34,6 +45,13 @@ class Everything:
 
     def name(self, layer: int, x: Floats) -> Ids:
         return self._ids
+
+    def look_ahead(self, layer: int, x: Floats) -> Ids | None:
+        return None
+
+    def remember(self, layer: int, x: Floats) -> None: ...
+
+    def forget(self) -> None: ...
 
 
 class Exact:
@@ -54,7 +72,8 @@ class Exact:
         part = geometry.parts[0]
         layers = range(geometry.layers)
         self._rows = [store.rows(layer, part) for layer in layers]
-        self._norms = [np.linalg.norm(rows, axis=1) for rows in self._rows]
+        # Not linalg.norm: it squares a copy of the layer.
+        self._norms = [np.sqrt(np.einsum("ij,ij->i", rows, rows)) for rows in self._rows]
         none = np.zeros(geometry.neurons, dtype=np.float32)
         self._biases = [store.biases(layer).get(part, none) for layer in layers]
         threshold = store.activation.threshold
@@ -67,5 +86,40 @@ class Exact:
         fires = ~(z + slack <= self._threshold).all(axis=0)
         return np.flatnonzero(fires).astype(np.int32)
 
+    def look_ahead(self, layer: int, x: Floats) -> Ids | None:
+        return None
 
-PREDICTORS: dict[str, Callable[[Store], Predictor]] = {"all": Everything, "exact": Exact}
+    def remember(self, layer: int, x: Floats) -> None: ...
+
+    def forget(self) -> None: ...
+
+
+class LowRank:
+    """Names what the fitted factors in the store name: see common/lowrank.py."""
+
+    def __init__(self, store: Store):
+        factors = read_predictors(store)
+        self._same, self._ahead = factors["same"], factors["ahead"]
+        self._latest: dict[int, Floats] = {}  # by layer: the newest token's input
+
+    def name(self, layer: int, x: Floats) -> Ids:
+        return self._same[layer].name(x)
+
+    def look_ahead(self, layer: int, x: Floats) -> Ids | None:
+        before, own = self._latest.get(layer), self._latest.get(layer + 1)
+        if before is None or own is None:  # the first token of a request, or the last layer
+            return None
+        return self._ahead[layer + 1].name(Before(x, before, own).features())
+
+    def remember(self, layer: int, x: Floats) -> None:
+        self._latest[layer] = x
+
+    def forget(self) -> None:
+        self._latest.clear()
+
+
+PREDICTORS: dict[str, Callable[[Store], Predictor]] = {
+    "all": Everything,
+    "exact": Exact,
+    "lowrank": LowRank,
+}

@@ -1,6 +1,7 @@
 """The fetches under way: what is a hit, what is read next into which slots, what compute is told.
 
-Pure: messages in, messages and groups of reads out; no socket, clock or file. One fetch of a layer:
+Pure: messages in, messages and groups of reads out; no socket, clock or file. One demand of a layer
+(a prefetch goes its own way: ahead.py):
 
     Fetch ──▶ hits, pinned: Resident part 0
          └──▶ misses: a group takes slots ──▶ is read ──▶ Resident part 1, 2, ... ──▶ Release
@@ -8,7 +9,9 @@ Pure: messages in, messages and groups of reads out; no socket, clock or file. O
                         └──────── no slot to be had: the rest waits ◀───────────────────┘
 
 So a layer streams through whatever slots it has. A group is at most half of them, so that the next
-lands while one is multiplied.
+lands while one is multiplied. Demands go before prefetches: nothing is read ahead while a demand
+has anything left to read, and a demand that nobody's release can help takes the slots that
+prefetches protect.
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ from common.limits import (
     STEPS_KEPT,
 )
 from common.messages import Fetch, Resident, Unreadable
+from common.plan import SLOTS_MIN
+from common.policy import Policy, Slots
 from common.store.geometry import Geometry
-from services.reader.cache import Ids, LayerCache
-from services.reader.evict import Slots
-from services.reader.reads import Reads, plan_reads
+from services.reader.ahead import Ahead, Lookahead
+from services.reader.cache import Ids, Pool, Resize, among, make_pools, resize
+from services.reader.groups import Group, Groups
 
 
 class BadFetchError(ValueError):
@@ -39,13 +44,13 @@ class BadFetchError(ValueError):
 
 @dataclass
 class Progress:
-    """How far one Fetch is."""
+    """How far one demand is."""
 
     fetch: Fetch
     taken_ns: int
     todo: Ids  # ascending; neither sent nor in a group
-    left: int  # neurons not sent
-    group_size: int = 0  # neurons of one group, at most
+    left: int  # neurons not sent, part 0 apart
+    group_size: int  # neurons of one group, at most
     in_flight: int = 0  # groups
     next_part: int = 0
     parts: dict[int, Slots] = field(default_factory=dict)  # sent and not released
@@ -57,83 +62,102 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Misses of one fetch that are read together and sent as one part. Its slots are pinned."""
+class Brought:
+    """What part 0 tells beside its neurons."""
 
-    tag: int
-    layer: int
-    ids: Ids
-    slots: Slots  # of the layer
-    reads: Reads  # into slots of the whole cache
-    progress: Progress
+    prefetched: int = 0
+    extra: int = 0
+    reads: int = 0
+    bytes_read: int = 0
+    wasted_bytes: int = 0
+
+
+NOTHING = Brought()
 
 
 class Fetches:
-    """All fetches and the caches of all layers. `release`, `drop`, `land` and `fail` make room:
-    ask for `groups` after them, and after `take`."""
+    """All fetches and the index of the cache. `release`, `drop`, `land`, `fail` and `resize` make
+    room: ask for `groups` after them, and after `take`."""
 
-    def __init__(self, geometry: Geometry, slots: Sequence[int], window: int | None) -> None:
-        """`slots` per layer, at least one each; `window` in tokens, None for all that room has."""
-        self.caches = [LayerCache(geometry.neurons, count, window) for count in slots]
-        self.first_slot = [sum(slots[:layer]) for layer in range(len(slots))]
-        self.hits = self.misses = self.unknown_releases = self.late_fetches = 0
+    def __init__(
+        self, geometry: Geometry, slots: Sequence[int], policy: Policy, scope: str, extras: str
+    ) -> None:
+        """`slots` per layer, at least one each; `scope` (layer, global) and `extras` (none, ahead,
+        resident) are the settings `slots` and `extras`."""
+        self.pools = make_pools(geometry.neurons, slots, policy, scope)  # by layer
+        self.hits = self.misses = 0
+        self.unknown_releases = self.late_fetches = self.late_prefetches = 0
         self._geometry = geometry
+        self._extras = extras
         self._now = 0
-        self._steps: dict[int, None] = {}  # the latest, oldest first
-        self._dropped: dict[int, None] = {}  # the latest, oldest first
+        self._newest = -1  # the step that began last
+        self._steps: dict[int, int] = {}  # the latest, oldest first: the last layer demanded, or -1
+        self._dropped: dict[int, int] = {}  # the latest, oldest first
         self._fetches: dict[tuple[int, int], Progress] = {}
-        self._groups: dict[int, Group] = {}
-        self._tag = 0
+        self._groups = Groups(geometry.stride_bytes)
+        self._read_for: dict[int, Progress] = {}  # by the tag of a demand's group
+        self.ahead = Lookahead(geometry, self.pools, self._groups)
+
+    def each_pool(self) -> list[Pool]:
+        """The pools, each once."""
+        return list(dict.fromkeys(self.pools))
+
+    def resize(self, slots: int) -> Resize:
+        """Brings the slots in use toward `slots`, over all layers; see cache.resize."""
+        return resize(self.each_pool(), slots, min(SLOTS_MIN, self._geometry.neurons))
 
     def take(self, fetch: Fetch, now_ns: int) -> list[Resident]:
-        """Takes a Fetch up: answers its hits. `BadFetchError` if it makes no sense."""
+        """Takes a Fetch up: answers a demand's hits. `BadFetchError` if it makes no sense."""
         ids = self._check(fetch)
+        if fetch.prefetch:
+            if self._is_late(fetch):
+                self.late_prefetches += 1
+            else:
+                self._begin(fetch, -1)
+                self.ahead.take(fetch, ids)
+            return []
         if fetch.step in self._dropped:  # its Drop came by the shorter way
             self.late_fetches += 1
             return []
-        self._tick(fetch.step)
-        self.caches[fetch.layer].expire(self._now)
-        progress = Progress(fetch, now_ns, ids, len(ids))
-        self._fetches[fetch.step, fetch.layer] = progress
-        answers = self._hits(progress, now_ns)
-        if not len(ids):
-            answers = [self._part(progress, ids, ids, None, now_ns)]
-        self.hits += len(ids) - progress.left
-        self.misses += progress.left
-        progress.next_part = 1  # part 0 is the hits, also where there are none
-        progress.group_size = self._group_size(fetch.layer, progress.left)
-        return answers
+        self._begin(fetch, fetch.layer)
+        return [self._answer(fetch, ids, now_ns)]
 
     def groups(self, now_ns: int) -> Iterator[Group | Resident]:
         """What can go on now: groups to read, and parts that another fetch has brought by now."""
         for progress in self._fetches.values():
             if len(progress.todo):
                 yield from self._hits(progress, now_ns)
-            while len(progress.todo) and progress.in_flight < PARTS_IN_FLIGHT_MAX:
-                group = self._next_group(progress)
-                if group is None:
-                    break
-                yield group
+            if len(progress.todo) and progress.in_flight < PARTS_IN_FLIGHT_MAX:
+                yield from self._next_groups(progress)
+        if not any(len(progress.todo) for progress in self._fetches.values()):
+            yield from self.ahead.groups(self._now)
 
     def land(self, tag: int, now_ns: int) -> list[Resident]:
         """All reads of a group are over and right."""
-        group = self._groups.pop(tag)
-        cache, progress = self.caches[group.layer], group.progress
-        cache.land(group.slots)
+        group = self._groups.end(tag)
+        if group.fetch.prefetch:
+            self.ahead.land(group)
+            return []
+        pool, progress = self.pools[group.layer], self._read_for.pop(tag)
+        pool.land(group.slots)
         progress.in_flight -= 1
         if progress.over:
-            cache.unpin(group.slots)
+            pool.unpin(group.slots)
             return []
-        return [self._part(progress, group.ids, group.slots, group.reads, now_ns)]
+        brought = Brought(reads=len(group.reads), bytes_read=group.bytes_read)
+        return [self._part(progress, group.ids, group.slots, brought, now_ns)]
 
     def fail(self, tag: int, bad: Ids, reason: str) -> list[Unreadable]:
         """A group's reads are over, but what came of its neurons `bad` is wrong."""
-        group = self._groups.pop(tag)
-        cache, progress = self.caches[group.layer], group.progress
+        group = self._groups.end(tag)
+        if group.fetch.prefetch:
+            self.ahead.fail(group, bad)
+            return []
+        pool, progress = self.pools[group.layer], self._read_for.pop(tag)
         wrong = np.isin(group.ids, bad)
-        cache.fail(group.slots[wrong])
-        cache.land(group.slots[~wrong])
-        cache.unpin(group.slots[~wrong])
+        pool.fail(group.slots[wrong])
+        pool.land(group.slots[~wrong])
+        pool.unpin(group.slots[~wrong])
         progress.in_flight -= 1
         if progress.over:
             return []
@@ -148,86 +172,171 @@ class Fetches:
         if progress is None or slots is None:
             self.unknown_releases += 1
             return
-        self.caches[layer].unpin(slots)
+        self.pools[layer].unpin(slots)
         self._forget_if_done(progress)
 
     def drop(self, step: int) -> None:
         """Forgets a step's fetches. Groups that are being read land as plain residents."""
-        _remember(self._dropped, step, LINK_MESSAGES_MAX)
+        _remember(self._dropped, step, 0, LINK_MESSAGES_MAX)
+        self.ahead.drop(step)
         for progress in [p for (s, _), p in self._fetches.items() if s == step]:
             for slots in progress.parts.values():
-                self.caches[progress.fetch.layer].unpin(slots)
+                self.pools[progress.fetch.layer].unpin(slots)
             progress.parts.clear()
             self._end(progress)
 
     def group(self, tag: int) -> Group:
         """The group that is read under `tag`."""
-        return self._groups[tag]
+        return self._groups.get(tag)
 
     def _check(self, fetch: Fetch) -> Ids:
         neurons = self._geometry.neurons
-        if not 0 <= fetch.layer < len(self.caches):
-            raise BadFetchError(f"layer {fetch.layer} of {len(self.caches)}")
+        if not 0 <= fetch.layer < len(self.pools):
+            raise BadFetchError(f"layer {fetch.layer} of {len(self.pools)}")
         if len(fetch.ids) % 4 or len(fetch.ids) > 4 * neurons:
             raise BadFetchError(f"{len(fetch.ids)} bytes of ids")
         ids = np.frombuffer(fetch.ids, "<i4")
         if len(ids) and not (ids[0] >= 0 and ids[-1] < neurons and (ids[1:] > ids[:-1]).all()):
             raise BadFetchError(f"ids do not ascend within {neurons} neurons")
-        if (fetch.step, fetch.layer) in self._fetches:
+        ahead = fetch.prefetch
+        known = self.ahead.knows if ahead else self._knows
+        if known(fetch.step, fetch.layer):
             raise BadFetchError(f"layer {fetch.layer} of step {fetch.step} is under way")
-        if len(self._fetches) >= FETCHES_MAX:
+        if self.ahead.full() if ahead else len(self._fetches) >= FETCHES_MAX:
             raise BadFetchError(f"{FETCHES_MAX} fetches are under way (limit FETCHES_MAX)")
         return ids
 
-    def _tick(self, step: int) -> None:
-        """Our clock: how many steps there were. A step's number is not: it may skip."""
-        if step not in self._steps:
-            self._now += 1
-            _remember(self._steps, step, STEPS_KEPT)
+    def _knows(self, step: int, layer: int) -> bool:
+        return (step, layer) in self._fetches
 
-    def _group_size(self, layer: int, misses: int) -> int:
+    def _is_late(self, fetch: Fetch) -> bool:
+        """Whether a prefetch is of a layer that has passed."""
+        step = fetch.step
+        if step in self._dropped or step < self._newest:
+            return True
+        return self._steps.get(step, -1) >= fetch.layer
+
+    def _begin(self, fetch: Fetch, demanded: int) -> None:
+        """Our clock: how many steps there were. A step's number is not: it may skip."""
+        if fetch.step not in self._steps:
+            self._now += 1
+            self._newest = fetch.step
+            _remember(self._steps, fetch.step, demanded, STEPS_KEPT)
+        self._steps[fetch.step] = max(self._steps[fetch.step], demanded)
+        self.pools[fetch.layer].expire(self._now)
+
+    def _answer(self, fetch: Fetch, ids: Ids, now_ns: int) -> Resident:
+        """Part 0 of a new demand: its hits, and what look-ahead brought for it."""
+        layer, stride = fetch.layer, self._geometry.stride_bytes
+        pool = self.pools[layer]
+        resident, _ = pool.find(layer, ids)
+        hits, todo = ids[resident], ids[~resident]
+        slots = pool.pin(layer, hits)
+        pool.use(layer, hits, self._now)
+        # Only now that the hits are pinned, what look-ahead protected may go.
+        ahead = self.ahead.pass_by(fetch.step, layer, ids)
+        extra = self._extra(layer, ids, len(todo), ahead)
+        progress = Progress(fetch, now_ns, todo, len(todo), self._group_size(len(todo)))
+        self._fetches[fetch.step, layer] = progress
+        self.hits += len(hits)
+        self.misses += len(todo)
+        brought = Brought(extra=len(extra))
+        if ahead and len(read := ahead.read):
+            brought = Brought(
+                prefetched=int(np.count_nonzero(among(hits, read, self._geometry.neurons))),
+                extra=len(extra),
+                reads=sum(len(group.reads) for group in ahead.groups),
+                bytes_read=len(read) * stride,
+                wasted_bytes=ahead.wasted * stride,
+            )
+        if len(extra):
+            hits = np.concatenate([hits, extra])
+            slots = np.concatenate([slots, pool.pin(layer, extra)])
+        return self._part(progress, hits, slots, brought, now_ns)
+
+    def _extra(self, layer: int, ids: Ids, misses: int, ahead: Ahead | None) -> Ids:
+        """Resident neurons to compute though the demand `ids` does not name them: they cost no
+        read. Room stays for the misses to stream, and it is that of the neurons that the policy
+        would give up anyway."""
+        pool = self.pools[layer]
+        if self._extras == "resident":
+            found = pool.residents(layer)
+        elif self._extras == "ahead" and ahead:
+            found = ahead.named[pool.find(layer, ahead.named)[0]]
+        else:
+            return ids[:0]
+        room = pool.room() - min(misses, max(1, pool.usable // 2))
+        found = found[~among(found, ids, self._geometry.neurons)]
+        return pool.most_used(layer, found, max(0, room))
+
+    def _group_size(self, misses: int) -> int:
         """Few enough parts to be worth their messages, enough of them to multiply meanwhile."""
         size = max(-(-misses // PARTS_IN_FLIGHT_MAX), PART_BUNDLES_MIN)
-        largest = PART_BYTES_MAX // self._geometry.stride_bytes
-        return max(1, min(size, largest, self.caches[layer].slots // 2))
+        return max(1, min(size, PART_BYTES_MAX // self._geometry.stride_bytes))
 
     def _hits(self, progress: Progress, now_ns: int) -> list[Resident]:
         """Sends what is resident of what is to do, if anything is."""
-        cache = self.caches[progress.fetch.layer]
-        resident, _ = cache.find(progress.todo)
+        layer = progress.fetch.layer
+        pool = self.pools[layer]
+        resident, _ = pool.find(layer, progress.todo)
         if not resident.any():
             return []
         ids = progress.todo[resident]
         progress.todo = progress.todo[~resident]
-        return [self._part(progress, ids, cache.pin(ids, self._now), None, now_ns)]
+        pool.use(layer, ids, self._now)
+        return [self._part(progress, ids, pool.pin(layer, ids), NOTHING, now_ns)]
 
-    def _next_group(self, progress: Progress) -> Group | None:
-        """The next misses of a fetch with slots for them; None if there is nothing to be had now:
+    def _next_groups(self, progress: Progress) -> list[Group]:
+        """The next misses of a demand with slots for them; none if there is nothing to be had now:
         no slot, or another fetch is loading the rest."""
         layer = progress.fetch.layer
-        cache = self.caches[layer]
-        _, absent = cache.find(progress.todo)
-        places = np.flatnonzero(absent)[: progress.group_size]
-        count = min(len(places), cache.room())
-        # Too small a group costs more than it brings, and what is held will be released.
-        if count == 0 or count < min(len(places), PART_BUNDLES_MIN):
-            return None
-        ids = progress.todo[places[:count]]
-        progress.todo = np.delete(progress.todo, places[:count])
-        slots = cache.claim(ids, self._now)
-        reads = plan_reads(ids, slots + self.first_slot[layer], self._geometry.stride_bytes)
-        self._tag += 1
-        group = Group(self._tag, layer, ids, slots, reads, progress)
-        self._groups[group.tag] = group
-        progress.in_flight += 1
-        return group
+        pool = self.pools[layer]
+        _, absent = pool.find(layer, progress.todo)
+        size = min(progress.group_size, max(1, pool.usable // 2))
+        places = np.flatnonzero(absent)[: size * (PARTS_IN_FLIGHT_MAX - progress.in_flight)]
+        places = places[: self._room(pool, len(places), size)]
+        if not len(places):
+            return []
+        ids = progress.todo[places]
+        progress.todo = np.delete(progress.todo, places)
+        slots = pool.claim(layer, ids, self._now)
+        pool.use(layer, ids, self._now)
+        groups = self._groups.begin(progress.fetch, ids, slots, size)
+        self._read_for |= {group.tag: progress for group in groups}
+        progress.in_flight += len(groups)
+        return groups
+
+    def _room(self, pool: Pool, want: int, size: int) -> int:
+        """For how many of `want` misses slots should be claimed now, in groups of `size`."""
+        room = pool.room()
+        if room >= want:
+            return want
+        # Too small a group costs more than it brings, if what is held will be released.
+        crumb = room % size
+        if crumb < min(size, PART_BUNDLES_MIN):
+            room -= crumb
+        if room or self._is_lent(pool):
+            return room
+        if not crumb:
+            self.ahead.give_up(pool)
+        return min(want, pool.room())
+
+    def _is_lent(self, pool: Pool) -> bool:
+        """Whether slots of a pool are being read into, or are with compute: room will come."""
+        if self._groups.read_into(pool.layers):
+            return True
+        return any(
+            progress.fetch.layer in pool.layers and any(map(len, progress.parts.values()))
+            for progress in self._fetches.values()
+        )
 
     def _part(
-        self, progress: Progress, ids: Ids, slots: Slots, reads: Reads | None, now_ns: int
+        self, progress: Progress, ids: Ids, slots: Slots, brought: Brought, now_ns: int
     ) -> Resident:
         part = progress.next_part
         progress.next_part += 1
-        progress.left -= len(ids)
+        if part > 0:
+            progress.left -= len(ids)
         progress.parts[part] = slots
         fetch = progress.fetch
         return Resident(
@@ -236,13 +345,17 @@ class Fetches:
             layer=fetch.layer,
             part=part,
             left=progress.left,
-            reads=len(reads) if reads else 0,
-            bytes_read=len(ids) * self._geometry.stride_bytes if reads else 0,
+            prefetched=brought.prefetched,
+            extra=brought.extra,
+            reads=brought.reads,
+            bytes_read=brought.bytes_read,
+            wasted_bytes=brought.wasted_bytes,
+            read_ns=0,  # the loop's to say: it has the clock
             named_ns=fetch.named_ns,
             taken_ns=progress.taken_ns,
             landed_ns=now_ns,
-            ids=ids.tobytes(),
-            slots=(slots + self.first_slot[fetch.layer]).astype("<i4").tobytes(),
+            ids=ids.astype("<i4", copy=False).tobytes(),
+            slots=slots.astype("<i4", copy=False).tobytes(),
         )
 
     def _end(self, progress: Progress) -> None:
@@ -255,8 +368,8 @@ class Fetches:
             del self._fetches[progress.fetch.step, progress.fetch.layer]
 
 
-def _remember(latest: dict[int, None], step: int, count_max: int) -> None:
+def _remember(latest: dict[int, int], step: int, value: int, count_max: int) -> None:
     """Adds `step` to the `latest` steps, of which only `count_max` are kept."""
-    latest[step] = None
+    latest[step] = value
     if len(latest) > count_max:
         del latest[next(iter(latest))]

@@ -6,6 +6,7 @@ It trusts no message: a senseless one is counted and dropped.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable
 
@@ -16,10 +17,14 @@ from common.lifecycle import Service
 from common.limits import POLL_S
 from common.messages import Attached, Cache, Drop, Fetch, Release, Resident, Unreadable
 from common.plan import make_plan
+from common.policy import make_policy
 from common.segment import create_segment, segment_path
 from common.store.store import Store
 from services.reader.backends import Backend, Completion, Memory
-from services.reader.fetches import BadFetchError, Fetches, Group
+from services.reader.cache import Ids
+from services.reader.fetches import BadFetchError, Fetches
+from services.reader.footprint import Footprint
+from services.reader.groups import Group
 from services.reader.probe import choose_backend
 from services.reader.verify import Verifier
 
@@ -28,40 +33,81 @@ PUBLISH_NS = int(POLL_S * 1e9)  # sooner than the heartbeat that carries the cou
 
 def serve(service: Service, store: Store) -> None:
     """Makes the cache, says ready, and reads until asked to stop."""
-    slots = make_plan(service.settings, store).slots
+    settings = service.settings
+    plan = make_plan(settings, store)
+    slots = plan.slots
+    policy = make_policy(settings.policy, settings.window)
     geometry = store.geometry
     path = segment_path(service.run_dir)
     paths = [store.bundle_path(layer) for layer in range(geometry.layers)]
     with create_segment(path, sum(slots) * geometry.stride_bytes) as region:
         memory = np.frombuffer(region, np.uint8).reshape(-1, geometry.stride_bytes)
-        choice = choose_backend(service.settings.backend, paths, memory)
+        choice = choose_backend(settings.backend, paths, memory)
         backend = choice.backend
         try:
             service.log.info(
                 "backend", name=backend.name, direct=backend.direct, reason=choice.reason
             )
-            reader = Reader(service, store, Fetches(geometry, slots, service.settings.window),
-                            backend, memory)  # fmt: skip
+            scope = "global" if settings.slots == "global" else "layer"
+            fetches = Fetches(geometry, slots, policy, scope, settings.extras)
+            footprint = Footprint(fetches, plan, region, path)
+            reader = Reader(service, store, fetches, footprint, backend, memory)
             reader.introduce(Cache(str(path), sum(slots), geometry.stride_bytes))
             reader.run()
         finally:
             backend.close()  # first: nothing may read into memory that is unmapped
 
 
+class ReadTime:
+    """Counts the time in which at least one group is being read."""
+
+    def __init__(self) -> None:
+        self._groups = 0
+        self._since_ns = 0
+        self._ns = 0
+
+    def begin(self, now_ns: int) -> None:
+        self._count(now_ns)
+        self._groups += 1
+
+    def end(self, now_ns: int, groups: int) -> None:
+        self._count(now_ns)
+        self._groups -= groups
+
+    def take(self, now_ns: int) -> int:
+        """The time since the last take, ns."""
+        self._count(now_ns)
+        taken, self._ns = self._ns, 0
+        return taken
+
+    def _count(self, now_ns: int) -> None:
+        if self._groups:
+            self._ns += now_ns - self._since_ns
+        self._since_ns = now_ns
+
+
 class Reader:
     """The loop and its hands: sockets, backend, clock."""
 
     def __init__(
-        self, service: Service, store: Store, fetches: Fetches, backend: Backend, memory: Memory
+        self,
+        service: Service,
+        store: Store,
+        fetches: Fetches,
+        footprint: Footprint,
+        backend: Backend,
+        memory: Memory,
     ) -> None:
         self._service = service
         self._store = store
         self._fetches = fetches
+        self._footprint = footprint
         self._backend = backend
         self._verifier = Verifier(store.checksums, store.geometry.layers, memory)
         self._fetch = service.receive_from("fetch")
         self._release = service.receive_from("release")
         self._resident = service.send_to("resident")
+        self._read_time = ReadTime()
         self._reads = self._bytes_read = self._verify_ns = self._published_ns = 0
 
     def introduce(self, cache: Cache) -> None:
@@ -82,7 +128,9 @@ class Reader:
             if self._fetch.socket in ready:
                 self._take_fetches()
             if self._backend.fileno() in ready:
-                for completion in self._backend.completed():
+                completions = self._backend.completed()
+                self._read_time.end(time.monotonic_ns(), len(completions))
+                for completion in completions:
                     self._finish(completion)
             self._go_on()
 
@@ -108,11 +156,14 @@ class Reader:
     def _go_on(self) -> None:
         """Begins the reads that can begin now."""
         now_ns = time.monotonic_ns()
+        if change := self._footprint.fit(now_ns / 1e9):
+            self._service.log.info("cache resized", slots_before=change[0], slots=change[1])
         for step in self._fetches.groups(now_ns):
             if isinstance(step, Group):
+                self._read_time.begin(time.monotonic_ns())
                 self._backend.submit(step.tag, step.layer, step.reads)
             else:
-                self._resident.send(step)
+                self._send([step])
         if now_ns > self._published_ns + PUBLISH_NS:
             self._publish(now_ns)
 
@@ -120,11 +171,11 @@ class Reader:
         """A group's reads are over: verifies what was never read before, and tells compute."""
         group = self._fetches.group(completion.tag)
         self._reads += len(group.reads)
-        self._bytes_read += len(group.ids) * group.reads.stride_bytes
+        self._bytes_read += group.bytes_read
         if completion.error:
             first = group.reads.firsts[completion.failed]
             reason = self._blame(group.layer, int(group.ids[first]), completion.error)
-            self._send(self._fetches.fail(completion.tag, group.ids, reason))
+            self._fail(group, group.ids, reason)
             return
         began_ns = time.monotonic_ns()
         wrong = self._verifier.wrong(group.layer, group.ids, group.reads.slots)
@@ -132,9 +183,23 @@ class Reader:
         self._verify_ns += now_ns - began_ns
         if len(wrong):
             reason = self._blame(group.layer, int(wrong[0]), "checksum mismatch")
-            self._send(self._fetches.fail(completion.tag, wrong, reason))
+            self._fail(group, wrong, reason)
         else:
             self._send(self._fetches.land(completion.tag, now_ns))
+
+    def _fail(self, group: Group, bad: Ids, reason: str) -> None:
+        """A demand's failure is its request's and goes to compute; a prefetch's fails nobody."""
+        fetch = group.fetch
+        answers = self._fetches.fail(group.tag, bad, reason)
+        if answers or fetch.prefetch:
+            self._service.log.warning(
+                "unreadable_prefetch" if fetch.prefetch else "unreadable",
+                request=fetch.request,
+                step=fetch.step,
+                layer=fetch.layer,
+                reason=reason,
+            )
+        self._send(answers)
 
     def _blame(self, layer: int, neuron: int, what: str) -> str:
         path = self._store.bundle_path(layer)
@@ -145,28 +210,28 @@ class Reader:
 
     def _send(self, messages: Iterable[Resident | Unreadable]) -> None:
         for message in messages:
-            if isinstance(message, Unreadable):
-                self._service.log.warning(
-                    "unreadable",
-                    request=message.request,
-                    step=message.step,
-                    layer=message.layer,
-                    reason=message.reason,
-                )
+            if isinstance(message, Resident):
+                read_ns = self._read_time.take(time.monotonic_ns())
+                message = dataclasses.replace(message, read_ns=read_ns)
             self._resident.send(message)
 
     def _publish(self, now_ns: int) -> None:
         """The counters of `inflash status`."""
         self._published_ns = now_ns
-        fetches, caches = self._fetches, self._fetches.caches
+        fetches, ahead, pools = self._fetches, self._fetches.ahead, self._fetches.each_pool()
         self._service.counters |= {
             "hits": fetches.hits,
             "misses": fetches.misses,
             "late_fetches": fetches.late_fetches,
             "unknown_releases": fetches.unknown_releases,
-            "evictions": sum(cache.evictions for cache in caches),
-            "slots": sum(cache.slots for cache in caches),
-            "slots_resident": sum(cache.resident for cache in caches),
+            "prefetched": ahead.prefetched,
+            "wasted": ahead.wasted,
+            "prefetch_dropped": ahead.dropped,
+            "late_prefetches": fetches.late_prefetches,
+            "unreadable_prefetches": ahead.unreadable,
+            "evictions": sum(pool.evictions for pool in pools),
+            "slots": sum(pool.usable for pool in pools),
+            "slots_resident": sum(pool.resident for pool in pools),
             "reads": self._reads,
             "bytes_read": self._bytes_read,
             "verified": self._verifier.bundles,

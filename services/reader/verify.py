@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from common.policy import Slots
 from common.store.checksum import bundle_checksum
 from services.reader.backends import Memory
 from services.reader.cache import Ids
-from services.reader.evict import Slots
 
 
 class Verifier:

@@ -29,11 +29,7 @@ from tests.conftest import Made, serving
 
 COUNT = 1000
 IDS = b"\1\0\0\0\2\0\0\0\5\0\0\0"
-STATS = Stats(
-    prompt_tokens=1, new_tokens=1, queue_s=0.0, time_to_first_token_s=0.0, decode_s=0.0,
-    bytes_read=0, reads=0, hits=0, misses=0, stall_s=0.0, decode_bytes_read=0, decode_hits=0,
-    decode_misses=0, decode_stall_s=0.0,
-)  # fmt: skip
+STATS = Stats(**dict.fromkeys(Stats.__annotations__, 1))
 # One well-formed message of each kind, to mutate.
 SEEDS: dict[str, list[Any]] = {
     "clients": [Generate(1, "def ", Sampling(max_new_tokens=4), False), Cancel(1), Status(1)],
@@ -47,10 +43,13 @@ SEEDS: dict[str, list[Any]] = {
         messages.Token(7, 1, 5, -1.0, b""),
         messages.Done(7, "length", "", "", STATS),
     ],
-    "predict": [messages.Predict(7, 1, 0, 1, b"\0" * 256), messages.Predict(7, 1, 0, 0, b"")],
-    "fetch": [messages.Fetch(7, 1, 0, 1, IDS)],
+    "predict": [
+        messages.Predict(7, 1, 0, False, b"\0" * 256),
+        messages.Predict(7, 1, -1, True, b"\0" * 256),
+    ],
+    "fetch": [messages.Fetch(7, 1, 0, False, 1, IDS), messages.Fetch(7, 1, 1, True, 1, IDS)],
     "resident": [
-        messages.Resident(7, 1, 0, 0, 0, 0, 0, 1, 1, 1, IDS, IDS),
+        messages.Resident(7, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, IDS, IDS),
         messages.Unreadable(7, 1, 0, "made up"),
         messages.Cache("/dev/null", 10, 4096),
     ],

@@ -31,7 +31,7 @@ def test_defaults_and_given_values() -> None:
     settings = read_settings(
         {"INFLASH_STORE": "/s", "INFLASH_RUN_DIR": "/r", "INFLASH_WINDOW": "5", "HOME": "/h"}
     )
-    assert (settings.window, settings.predictor, str(settings.run_dir)) == (5, "exact", "/r")
+    assert (settings.window, settings.predictor, str(settings.run_dir)) == (5, "auto", "/r")
     assert read_settings({"INFLASH_STORE": "/s", "INFLASH_WINDOW": "auto"}).window is None
 
 

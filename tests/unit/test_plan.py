@@ -2,35 +2,72 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
+from common import lowrank
 from common.config import Settings
 from common.errors import SettingError
-from common.plan import make_plan
+from common.plan import Plan, make_plan, resolve_predictor
+from common.store.tensors import make_header
+from scripts.serve import main, plan_table
+
+GB = 10**9
 
 
 def settings(store: Any, **values: Any) -> Settings:
     return Settings(store=store.path, run_dir=Path("/r"), **values)
 
 
-def test_the_parts_add_up(store_of: Any) -> None:
+def smallest_in(refusal: SettingError) -> int:
+    return int(re.findall(r"[\d,]+(?= bytes$)", str(refusal))[-1].replace(",", ""))
+
+
+def assert_adds_up(plan: Plan, budget: int) -> None:
+    assert sum(plan.lines().values()) == plan.memory_bytes <= budget
+    assert all(size >= 0 for size in plan.lines().values())
+
+
+@pytest.fixture
+def fitted(store_of: Any) -> Any:
+    """A store with a file of low-rank factors, 30 numbers; the file goes again."""
+    store = store_of("opt", "float16")
+    path = store.path / lowrank.PREDICTORS
+    tensors = [("a", "float16", (2, 5)), ("b", "float16", (4, 4)), ("bias", "float32", (4,))]
+    path.write_bytes(make_header(tensors) + bytes(2 * 26 + 4 * 4))
+    yield store
+    path.unlink()
+
+
+def test_the_lines_add_up(store_of: Any) -> None:
     store = store_of("llama-gqa", "float16")
-    plan = make_plan(settings(store, memory=2 * 10**9), store)
-    parts = (
-        plan.resident_bytes + plan.kv_bytes + plan.predictor_bytes + plan.process_bytes
-    ) + plan.cache_bytes
-    assert parts == plan.memory_bytes <= 2 * 10**9
+    plan = make_plan(settings(store, memory=2 * GB), store)
+    assert_adds_up(plan, 2 * GB)
     assert plan.cache_bytes == store.geometry.ffn_bytes  # no more than there is
+    assert plan.resident_bytes == store.resident_bytes
+
+
+def test_room_is_kept_free(store_of: Any) -> None:
+    store = store_of("opt", "float32")
+    for budget in (2 * GB, 64 * GB):
+        plan = make_plan(settings(store, memory=budget), store)
+        assert plan.reserve_bytes >= plan.memory_bytes // 64
+        assert plan.reserve_bytes >= 32 << 20
 
 
 def test_a_cache_share_is_taken_of_every_layer(store_of: Any) -> None:
     store = store_of("opt", "float32")
     plan = make_plan(settings(store, cache="25%"), store)
     assert plan.slots == (store.geometry.neurons // 4,) * store.geometry.layers
+    assert_adds_up(plan, plan.memory_bytes)
 
 
 def test_grouped_heads_need_less_kv(store_of: Any) -> None:
@@ -39,18 +76,90 @@ def test_grouped_heads_need_less_kv(store_of: Any) -> None:
     assert sizes[0] == 2 * sizes[1]
 
 
-def test_the_smallest_budget_that_is_named_works(store_of: Any) -> None:
+def test_a_longer_context_needs_more_room_to_work(store_of: Any) -> None:
     store = store_of("opt", "float32")
+    plans = [make_plan(settings(store, cache="50%", context=c), store) for c in (64, 512)]
+    assert plans[0].workspace_bytes < plans[1].workspace_bytes
+    assert plans[0].kv_bytes * 8 == plans[1].kv_bytes
+
+
+def test_bfloat16_is_planned_as_it_is_computed(store_of: Any) -> None:
+    half, single = store_of("opt", "bfloat16"), store_of("opt", "float32")
+    plans = [make_plan(settings(s, cache="50%"), s) for s in (half, single)]
+    assert plans[0].kv_bytes == plans[1].kv_bytes
+    assert plans[0].resident_bytes == 2 * half.resident_bytes
+
+
+def test_factors_are_planned_as_float32(fitted: Any) -> None:
+    plan = make_plan(settings(fitted, cache="50%"), fitted)
+    assert plan.predictors_bytes == 4 * 30
+    exact = make_plan(settings(fitted, cache="50%", predictor="exact"), fitted)
+    shape = fitted.geometry
+    assert exact.predictors_bytes == shape.layers * shape.neurons * shape.hidden * 4
+
+
+def test_auto_is_lowrank_where_the_store_was_fitted(fitted: Any) -> None:
+    assert resolve_predictor(settings(fitted), fitted) == "lowrank"
+    assert resolve_predictor(settings(fitted, predictor="exact"), fitted) == "exact"
+
+
+def test_auto_is_exact_where_it_was_not(store_of: Any) -> None:
+    store = store_of("opt", "float32")
+    assert resolve_predictor(settings(store), store) == "exact"
+    with pytest.raises(SettingError, match="inflash fit"):
+        make_plan(settings(store, predictor="lowrank"), store)
+
+
+@hypothesis_settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    variant=st.sampled_from(["opt", "llama-gqa"]),
+    predictor=st.sampled_from(["all", "exact"]),
+    context=st.integers(1, 4096),
+    cache=st.one_of(st.none(), st.sampled_from(["2%", "40%", "100%"])),
+    beyond=st.integers(0, 10 * GB),
+)
+def test_the_smallest_budget_that_is_named_works(
+    store_of: Any, variant: str, predictor: str, context: int, cache: str | None, beyond: int
+) -> None:
+    store = store_of(variant, "float32")
+    given_too: dict[str, Any] = {"predictor": predictor, "context": context, "cache": cache}
     with pytest.raises(SettingError, match="INFLASH_MEMORY") as refusal:
-        make_plan(settings(store, memory=1000), store)
-    smallest = int(re.findall(r"[\d,]+(?= bytes$)", str(refusal.value))[-1].replace(",", ""))
-    assert make_plan(settings(store, memory=smallest), store).memory_bytes == smallest
-    with pytest.raises(SettingError):
-        make_plan(settings(store, memory=smallest - 1), store)
+        make_plan(settings(store, memory=1000, **given_too), store)
+    smallest = smallest_in(refusal.value)
+    assert make_plan(settings(store, memory=smallest, **given_too), store).memory_bytes == smallest
+    with pytest.raises(SettingError, match=f"{smallest:,} bytes$"):
+        make_plan(settings(store, memory=smallest - 1, **given_too), store)
+    budget = smallest + beyond
+    assert_adds_up(make_plan(settings(store, memory=budget, **given_too), store), budget)
 
 
-def test_a_cache_beyond_the_budget_is_refused(store_of: Any) -> None:
+def test_a_cache_too_small_to_stream_a_layer_is_refused(store_of: Any) -> None:
     store = store_of("opt", "float32")
-    budget = make_plan(settings(store, cache="2%"), store).memory_bytes
-    with pytest.raises(SettingError, match="are more than"):
-        make_plan(settings(store, memory=budget, cache="100%"), store)
+    with pytest.raises(SettingError, match="INFLASH_CACHE") as refusal:
+        make_plan(settings(store, cache="1000"), store)
+    smallest = smallest_in(refusal.value)
+    plan = make_plan(settings(store, cache=str(smallest)), store)
+    assert plan.cache_bytes == plan.cache_bytes_min == smallest
+
+
+def test_serve_prints_the_plan_and_starts_nothing(store_of: Any, run_dir: Path) -> None:
+    store = store_of("opt", "float32")
+    arguments = [str(store.path), "--run-dir", str(run_dir), "--plan", "--predictor", "exact"]
+    as_json = CliRunner().invoke(main, [*arguments, "--json"])
+    assert as_json.exit_code == 0, as_json.output
+    plan = json.loads(as_json.stdout)
+    sizes = [v for k, v in plan.items() if k.endswith("_bytes") and k != "memory_bytes"]
+    assert sum(sizes) == plan["memory_bytes"]
+    table = CliRunner().invoke(main, arguments).stdout
+    widths = {line.index(" MB") for line in table.splitlines()}
+    assert len(widths) == 1
+    assert table.splitlines()[-1].split()[0] == "memory"
+
+
+def test_the_table_names_every_line(store_of: Any) -> None:
+    store = store_of("opt", "float32")
+    plan = make_plan(settings(store, cache="50%"), store)
+    named = [line.split()[0] for line in plan_table(plan).splitlines()]
+    assert named == [*plan.lines(), "memory"]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.limits import PREDICT_ROWS_MAX
 from common.messages import Predict
 from services.predictor.loop import input_of
 from services.predictor.predictors import PREDICTORS
@@ -41,20 +42,18 @@ def test_all_names_the_layer(store_of: Any) -> None:
 def test_input_that_does_not_fit_is_refused(store_of: Any) -> None:
     geometry = store_of("opt", "float32").geometry
     row = b"\0" * geometry.hidden * 4
-    good = input_of(Predict(1, 1, 0, 2, row * 2), geometry)
-    assert good is not None
-    assert good.shape == (2, geometry.hidden)
-    whole = input_of(Predict(1, 1, 0, 0, b""), geometry)
-    assert whole is not None
-    assert len(whole) == 0
-    for layer, rows, x in [
-        (geometry.layers, 1, row),
-        (-1, 1, row),
-        (0, 1, row[:-1]),
-        (0, 10**9, row),
-        (0, -1, b""),
+    for layer in (-1, 0, geometry.layers - 1):
+        good = input_of(Predict(1, 1, layer, False, row * 2), geometry)
+        assert good is not None
+        assert good.shape == (2, geometry.hidden)
+    for layer, x in [
+        (geometry.layers, row),
+        (-2, row),
+        (0, row[:-1]),
+        (0, b""),
+        (0, row * (PREDICT_ROWS_MAX + 1)),
     ]:
-        assert input_of(Predict(1, 1, layer, rows, x), geometry) is None
+        assert input_of(Predict(1, 1, layer, False, x), geometry) is None
 
 
 def test_names_of_predictors_are_those_of_the_setting(tmp_path: Path) -> None:

@@ -7,16 +7,22 @@ import pytest
 
 from common.limits import PART_BUNDLES_MIN, PARTS_IN_FLIGHT_MAX
 from common.messages import Fetch, Resident, Unreadable
+from common.policy import Window
 from common.store.geometry import Geometry
-from services.reader.fetches import BadFetchError, Fetches, Group
+from services.reader.fetches import BadFetchError, Fetches
+from services.reader.groups import Group
 
 NEURONS = 1024
 GEOMETRY = Geometry(layers=2, neurons=NEURONS, hidden=2048, gated=False, dtype="float32")
 assert GEOMETRY.stride_bytes == 16384
 
 
+def reader(slots: int = 100, window: int | None = None) -> Fetches:
+    return Fetches(GEOMETRY, (slots, slots), Window(window), "layer", "none")
+
+
 def fetch(ids: object, step: int = 1, layer: int = 0) -> Fetch:
-    return Fetch(9, step, layer, 5, np.array(ids, "<i4").tobytes())
+    return Fetch(9, step, layer, False, 5, np.array(ids, "<i4").tobytes())
 
 
 def ids_of(answer: Resident) -> list[int]:
@@ -34,9 +40,17 @@ def begun(fetches: Fetches) -> list[Group]:
     return [group for group in groups if isinstance(group, Group)]
 
 
+def take(fetches: Fetches, ids: object, step: int = 1, layer: int = 0) -> Resident:
+    """Part 0 of a demand."""
+    (answer,) = fetches.take(fetch(ids, step, layer), 0)
+    assert (answer.step, answer.layer, answer.part) == (step, layer, 0)
+    return answer
+
+
 def fill(fetches: Fetches, ids: object, step: int = 1, layer: int = 0) -> None:
-    """Fetches `ids`, lands and releases them."""
-    fetches.take(fetch(ids, step, layer), 0)
+    """Demands `ids`, lands and releases them."""
+    take(fetches, ids, step, layer)
+    fetches.release(step, layer, 0)
     while groups := begun(fetches):
         for group in groups:
             (answer,) = fetches.land(group.tag, 0)
@@ -44,15 +58,18 @@ def fill(fetches: Fetches, ids: object, step: int = 1, layer: int = 0) -> None:
 
 
 def test_misses_only():
-    fetches = Fetches(GEOMETRY, (1024, 1024), None)
-    assert fetches.take(fetch([3, 4, 9], layer=1), 100) == [], "there is no empty part 0"
+    fetches = reader(1024)
+    (first,) = fetches.take(fetch([3, 4, 9], layer=1), 100)
+    assert (first.part, first.left, first.ids, first.slots) == (0, 3, b"", b"")
     (group,) = begun(fetches)
     assert group.layer == 1
     assert group.reads.offsets.tolist() == [3 * 16384, 9 * 16384]
-    assert group.reads.slots.tolist() == [1024, 1025, 1026], "of the whole cache"
+    assert group.slots.tolist() == [1024, 1025, 1026], "of the whole cache"
     (answer,) = fetches.land(group.tag, 200)
     assert answer == Resident(
-        9, 1, 1, 1, 0, 2, 3 * 16384, 5, 100, 200, answer.ids, answer.slots
+        request=9, step=1, layer=1, part=1, left=0, prefetched=0, extra=0, reads=2,
+        bytes_read=3 * 16384, wasted_bytes=0, read_ns=0, named_ns=5, taken_ns=100, landed_ns=200,
+        ids=answer.ids, slots=answer.slots,
     )  # fmt: skip
     assert ids_of(answer) == [3, 4, 9]
     assert slots_of(answer) == [1024, 1025, 1026]
@@ -60,7 +77,7 @@ def test_misses_only():
 
 
 def test_hits_go_at_once_and_say_how_many_are_to_come():
-    fetches = Fetches(GEOMETRY, (100, 100), None)
+    fetches = reader()
     fill(fetches, [5, 6])
     (answer,) = fetches.take(fetch([4, 5, 6, 7], step=2), 100)
     assert ids_of(answer) == [5, 6]
@@ -72,7 +89,7 @@ def test_hits_go_at_once_and_say_how_many_are_to_come():
 
 
 def test_all_hits_read_nothing():
-    fetches = Fetches(GEOMETRY, (100, 100), None)
+    fetches = reader()
     fill(fetches, [5, 6])
     (answer,) = fetches.take(fetch([5, 6], step=2), 0)
     assert (answer.part, answer.left) == (0, 0)
@@ -80,7 +97,7 @@ def test_all_hits_read_nothing():
 
 
 def test_nothing_asked_is_one_empty_part():
-    fetches = Fetches(GEOMETRY, (100, 100), None)
+    fetches = reader()
     (answer,) = fetches.take(fetch([]), 0)
     assert (answer.part, answer.left, ids_of(answer), slots_of(answer)) == (0, 0, [], [])
     fetches.release(1, 0, 0)
@@ -88,19 +105,19 @@ def test_nothing_asked_is_one_empty_part():
 
 
 def test_many_misses_are_as_many_parts_as_may_be_in_flight():
-    fetches = Fetches(GEOMETRY, (1024, 1024), None)
+    fetches = reader(1024)
     fetches.take(fetch(np.arange(0, 800, 2)), 0)
     assert [len(group.ids) for group in begun(fetches)] == [100] * PARTS_IN_FLIGHT_MAX
 
 
 def test_few_misses_are_few_parts():
-    fetches = Fetches(GEOMETRY, (1024, 1024), None)
+    fetches = reader(1024)
     fetches.take(fetch(np.arange(100)), 0)
     assert [len(group.ids) for group in begun(fetches)] == [PART_BUNDLES_MIN, 36]
 
 
 def test_a_whole_layer_streams_through_few_slots():
-    fetches = Fetches(GEOMETRY, (20, 20), None)
+    fetches = reader(20)
     fetches.take(fetch(np.arange(NEURONS)), 0)
     seen: list[int] = []
     waiting: list[Group] = []
@@ -112,18 +129,18 @@ def test_a_whole_layer_streams_through_few_slots():
         assert answer.left == NEURONS - len(seen)
         fetches.release(1, 0, answer.part)
     assert sorted(seen) == list(range(NEURONS))
-    assert fetches.caches[0].evictions == NEURONS - 20
+    assert fetches.pools[0].evictions == NEURONS - 20
 
 
 def test_one_slot_is_enough():
-    fetches = Fetches(GEOMETRY, (1, 1), 1)
+    fetches = reader(1, 1)
     fill(fetches, [1, 2, 3])
     assert fetches.misses == 3
-    assert fetches.caches[0].slot_of[[1, 2, 3]].tolist() == [-1, -1, 0]
+    assert fetches.pools[0].slot_of[[1, 2, 3]].tolist() == [-1, -1, 0]
 
 
 def test_no_slot_waits_for_a_release():
-    fetches = Fetches(GEOMETRY, (4, 4), None)
+    fetches = reader(4)
     fill(fetches, [0, 1, 2, 3])
     (hits,) = fetches.take(fetch([0, 1, 2, 3, 4], step=2), 0)
     assert begun(fetches) == []
@@ -133,7 +150,7 @@ def test_no_slot_waits_for_a_release():
 
 
 def test_a_crumb_of_room_waits_for_more():
-    fetches = Fetches(GEOMETRY, (200, 200), None)
+    fetches = reader(200)
     fill(fetches, np.arange(190))
     (hits,) = fetches.take(fetch(np.arange(400), step=2), 0)
     assert begun(fetches) == [], "10 slots are free, but parts of 10 are not worth it"
@@ -142,11 +159,11 @@ def test_a_crumb_of_room_waits_for_more():
 
 
 def test_a_neuron_that_another_fetch_is_loading_is_waited_for():
-    fetches = Fetches(GEOMETRY, (100, 100), None)
+    fetches = reader()
     fetches.take(fetch([1, 2]), 0)
     (loading,) = begun(fetches)
     fetches.drop(1)
-    assert fetches.take(fetch([2, 3], step=2), 0) == []
+    assert take(fetches, [2, 3], step=2).left == 2
     (group,) = begun(fetches)
     assert group.ids.tolist() == [3], "2 is on its way"
     assert fetches.land(loading.tag, 0) == [], "nobody asks for step 1 any more"
@@ -158,14 +175,14 @@ def test_a_neuron_that_another_fetch_is_loading_is_waited_for():
 
 
 def test_a_dropped_step_reads_nothing_more_and_keeps_what_lands():
-    fetches = Fetches(GEOMETRY, (20, 20), None)
+    fetches = reader(20)
     fetches.take(fetch(np.arange(100)), 0)
     groups = begun(fetches)
     (answer,) = fetches.land(groups[0].tag, 0)
     fetches.drop(1)
     assert fetches.land(groups[1].tag, 0) == []
     assert begun(fetches) == []
-    assert fetches.caches[0].room() == 20, "its parts are released"
+    assert fetches.pools[0].room() == 20, "its parts are released"
     fetches.release(1, 0, answer.part)
     assert fetches.unknown_releases == 1, "compute's Release crossed its Drop"
     (hits,) = fetches.take(fetch(np.arange(100), step=2), 0)
@@ -173,7 +190,7 @@ def test_a_dropped_step_reads_nothing_more_and_keeps_what_lands():
 
 
 def test_a_fetch_that_its_drop_overtook_is_ignored():
-    fetches = Fetches(GEOMETRY, (20, 20), None)
+    fetches = reader(20)
     fetches.drop(7)
     assert fetches.take(fetch([1], step=7), 0) == []
     assert begun(fetches) == []
@@ -181,22 +198,22 @@ def test_a_fetch_that_its_drop_overtook_is_ignored():
 
 
 def test_an_unreadable_bundle_ends_its_fetch_and_no_other():
-    fetches = Fetches(GEOMETRY, (100, 100), None)
+    fetches = reader()
     fetches.take(fetch(np.arange(100)), 0)
     fetches.take(fetch([5], layer=1), 0)
     first, second, other = begun(fetches)
     (answer,) = fetches.land(first.tag, 0)
     assert fetches.fail(second.tag, np.array([60]), "why") == [Unreadable(9, 1, 0, "why")]
-    assert fetches.caches[0].slot_of[60] == -1
-    assert fetches.caches[0].slot_of[61] >= 0, "its neighbours came right"
+    assert fetches.pools[0].slot_of[60] == -1
+    assert fetches.pools[0].slot_of[61] >= 0, "its neighbours came right"
     fetches.release(1, 0, answer.part)
-    assert fetches.caches[0].room() == 100
+    assert fetches.pools[0].room() == 100
     assert len(fetches.land(other.tag, 0)) == 1
     assert begun(fetches) == []
 
 
 def test_a_second_failure_of_a_fetch_says_nothing():
-    fetches = Fetches(GEOMETRY, (200, 100), None)
+    fetches = reader(200)
     fetches.take(fetch(np.arange(100)), 0)
     first, second = begun(fetches)
     assert len(fetches.fail(first.tag, first.ids, "why")) == 1
@@ -204,7 +221,7 @@ def test_a_second_failure_of_a_fetch_says_nothing():
 
 
 def test_the_window_is_counted_in_steps_whatever_their_numbers():
-    fetches = Fetches(GEOMETRY, (100, 100), 2)
+    fetches = reader(window=2)
     fill(fetches, [1], step=10)
     fill(fetches, [2], step=2**62)
     fill(fetches, [3], step=2**62 + 1)
@@ -213,7 +230,7 @@ def test_the_window_is_counted_in_steps_whatever_their_numbers():
 
 
 def test_layers_of_a_step_are_one_token():
-    fetches = Fetches(GEOMETRY, (100, 100), 1)
+    fetches = reader(window=1)
     fill(fetches, [1], step=1, layer=0)
     fill(fetches, [1], step=1, layer=1)
     (hits,) = fetches.take(fetch([1], step=2, layer=0), 0)
@@ -229,25 +246,25 @@ def test_layers_of_a_step_are_one_token():
         fetch([2, 1]),
         fetch([-1]),
         fetch([NEURONS]),
-        Fetch(9, 1, 0, 5, b"\0\0\0"),
+        Fetch(9, 1, 0, False, 5, b"\0\0\0"),
         fetch(np.arange(NEURONS + 1)),
         fetch([1], step=5),
     ],
     ids=lambda bad: f"{bad.layer}-{bad.ids[:8]!r}",
 )
 def test_nonsense_is_refused_and_changes_nothing(bad):
-    fetches = Fetches(GEOMETRY, (10, 10), 1)
+    fetches = reader(10, 1)
     fetches.take(fetch([8], step=5), 0)
-    before = [cache.slot_of.copy() for cache in fetches.caches]
+    before = [pool.slot_of.copy() for pool in fetches.pools]
     with pytest.raises(BadFetchError):
         fetches.take(bad, 0)
-    for cache, was in zip(fetches.caches, before, strict=True):
-        assert (cache.slot_of == was).all()
+    for pool, was in zip(fetches.pools, before, strict=True):
+        assert (pool.slot_of == was).all()
 
 
 def test_fetches_under_way_are_bounded(monkeypatch):
     monkeypatch.setattr("services.reader.fetches.FETCHES_MAX", 3)
-    fetches = Fetches(GEOMETRY, (10, 10), None)
+    fetches = reader(10)
     for step in range(3):
         fetches.take(fetch([step], step=step), 0)
     with pytest.raises(BadFetchError, match="FETCHES_MAX"):

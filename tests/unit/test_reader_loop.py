@@ -28,7 +28,7 @@ from common.links import Link
 from common.messages import Attached, Cache, Drop, Fetch, Ready, Release, Resident, Unreadable
 from common.segment import attach_segment, segment_path
 from common.store.store import Store
-from services.reader.loop import serve
+from services.reader.loop import ReadTime, serve
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -45,6 +45,7 @@ class Peers:
         self.fetch = Link(service.context, service.run_dir, "fetch", receive=False)
         self.release = Link(service.context, service.run_dir, "release", receive=False)
         self.resident = Link(service.context, service.run_dir, "resident", receive=True)
+        self.began_ns = time.monotonic_ns()
         self._inbox: list[Any] = []
 
     def attach(self) -> None:
@@ -60,9 +61,9 @@ class Peers:
             assert time.monotonic() < deadline, "the reader does not hear of Attached"
             time.sleep(0.01)
 
-    def ask(self, step: int, ids: object, layer: int = 1) -> None:
+    def ask(self, step: int, ids: object, layer: int = 1, prefetch: bool = False) -> None:
         frame = np.array(ids, "<i4").tobytes()
-        self.fetch.send(Fetch(1, step, layer, time.monotonic_ns(), frame))
+        self.fetch.send(Fetch(1, step, layer, prefetch, time.monotonic_ns(), frame))
 
     def next(self) -> Any:
         deadline = time.monotonic() + WAIT_S
@@ -84,10 +85,14 @@ class Peers:
             assert (part.step, part.layer) == (step, layer)
             slots = np.frombuffer(part.slots, "<i4")
             assert (self.memory[slots] == stored[np.frombuffer(part.ids, "<i4")]).all()
-            assert part.named_ns <= part.taken_ns <= part.landed_ns <= time.monotonic_ns()
+            now_ns = time.monotonic_ns()
+            assert part.named_ns <= part.taken_ns <= part.landed_ns <= now_ns
+            assert 0 <= part.read_ns <= now_ns - self.began_ns
             self.release.send(Release(step, layer, part.part))
             parts.append(part)
         found = np.concatenate([np.frombuffer(part.ids, "<i4") for part in parts])
+        named = len(parts[0].ids) // 4 - parts[0].extra
+        found = np.delete(found, range(named, named + parts[0].extra))
         assert sorted(found) == sorted(np.array(ids, np.int32))
         return parts
 
@@ -106,10 +111,12 @@ def close(service: Service) -> None:
 
 
 @contextlib.contextmanager
-def reading(store: Store, run_dir: Path, slots: int, **options: Any) -> Iterator[Peers]:
+def reading(
+    store: Store, run_dir: Path, slots: int, scope: str = "layer", **options: Any
+) -> Iterator[Peers]:
     """A reader of `store`, in a thread, with so many slots a layer."""
     size = slots * store.geometry.layers * store.geometry.stride_bytes
-    settings = Settings(store=store.path, run_dir=run_dir, cache=str(size), **options)
+    settings = Settings(store=store.path, run_dir=run_dir, cache=str(size), slots=scope, **options)
     faults: list[BaseException] = []
 
     def body() -> None:
@@ -159,7 +166,8 @@ def peers(request: pytest.FixtureRequest, store: Store, run_dir: Path) -> Iterat
 
 def test_hits_and_misses(peers: Peers):
     first = peers.parts(1, [3, 4, 5, 90])
-    assert [(p.part, p.reads, p.bytes_read) for p in first] == [(1, 2, 4 * 4096)]
+    assert [(p.part, p.reads, p.bytes_read) for p in first] == [(0, 0, 0), (1, 2, 4 * 4096)]
+    assert first[1].read_ns > 0
     second = peers.parts(2, [4, 5, 6])
     assert [np.frombuffer(p.ids, "<i4").tolist() for p in second] == [[4, 5], [6]]
     assert [(p.part, p.left, p.reads) for p in second] == [(0, 1, 0), (1, 0, 1)]
@@ -196,11 +204,35 @@ def test_layers_stream_through_few_slots(store: Store, run_dir: Path):
 
 
 def test_the_window_is_kept(store: Store, run_dir: Path):
-    with reading(store, run_dir, slots=64, window=1) as peers:
+    with reading(store, run_dir, slots=64, policy="window", window=1) as peers:
         peers.parts(1, [1, 2])
         peers.parts(2, [2, 3])
         assert [p.part for p in peers.parts(3, [2, 3])] == [0]
-        assert [p.part for p in peers.parts(4, [1])] == [1]
+        assert [p.part for p in peers.parts(4, [1])] == [0, 1]
+
+
+def test_what_is_read_ahead_is_there_when_its_layer_asks(peers: Peers):
+    peers.ask(1, [3, 4, 8], prefetch=True)
+    peers.counters(lambda c: c["slots_resident"] == 3)
+    first, second = peers.parts(1, [3, 4, 5])
+    assert (first.left, first.prefetched, first.reads, first.bytes_read) == (1, 2, 2, 3 * 4096)
+    assert (first.wasted_bytes, second.reads, second.bytes_read) == (4096, 1, 4096)
+    assert first.read_ns > 0
+    assert second.read_ns > 0
+    peers.ask(1, [9], prefetch=True)
+    counters = peers.counters(lambda c: c["late_prefetches"] == 1)
+    assert (counters["hits"], counters["misses"]) == (2, 1)
+    assert (counters["prefetched"], counters["wasted"]) == (3, 1)
+    assert (counters["prefetch_dropped"], counters["unreadable_prefetches"]) == (0, 0)
+
+
+def test_one_pool_for_all_layers(store: Store, run_dir: Path):
+    with reading(store, run_dir, slots=20, scope="global") as peers:
+        peers.parts(1, np.arange(50), layer=0)
+        assert peers.parts(2, np.arange(50), layer=0)[0].left == 0, "more than a layer's share"
+        for layer in range(3):
+            peers.ask(3, np.arange(9), layer=layer, prefetch=True)
+            peers.parts(3, np.arange(256), layer=layer)
 
 
 def test_a_step_is_dropped_in_mid_flight(peers: Peers):
@@ -233,10 +265,8 @@ def test_a_corrupted_bundle_fails_its_fetch_and_no_other(store: Store, run_dir: 
     with reading(broken, run_dir, slots=64) as peers:
         for step in (1, 2):
             peers.ask(step, [15, 16, 17, 18])
-            answer = peers.next()
-            if isinstance(answer, Resident):  # 15, 16 and 18 came right the first time
-                answer = peers.next()
-            assert answer == Unreadable(
+            assert peers.next().left == (4 if step == 1 else 1)  # the others came right
+            assert peers.next() == Unreadable(
                 1,
                 step,
                 1,
@@ -250,12 +280,36 @@ def test_a_corrupted_bundle_fails_its_fetch_and_no_other(store: Store, run_dir: 
         assert '"event": "unreadable"' in log
 
 
+def test_a_corrupted_bundle_read_ahead_fails_nobody_until_it_is_needed(
+    store: Store, run_dir: Path, tmp_path
+):
+    folder = tmp_path / "store"
+    shutil.copytree(store.path, folder)
+    with (folder / "layers" / "001.bundles").open("r+b") as file:
+        file.seek(17 * 4096 + 100)
+        byte = file.read(1)[0]
+        file.seek(17 * 4096 + 100)
+        file.write(bytes([byte ^ 1]))
+    with reading(Store.open(folder), run_dir, slots=64) as peers:
+        peers.ask(1, [16, 17, 18], prefetch=True)
+        peers.counters(lambda c: c["unreadable_prefetches"] == 1)
+        (part,) = peers.parts(1, [16, 18])
+        assert (part.prefetched, part.bytes_read, part.wasted_bytes) == (2, 3 * 4096, 4096)
+        peers.ask(2, [17])
+        assert peers.next().left == 1
+        assert isinstance(peers.next(), Unreadable)
+    log = (run_dir / "log" / "reader.jsonl").read_text()
+    assert log.count('"event": "unreadable_prefetch"') == log.count('"event": "unreadable"') == 1
+    assert "layer 1 neuron 17 (layers/001.bundles): checksum mismatch" in log
+
+
 def test_a_file_that_shrinks_fails_the_fetch(store: Store, run_dir: Path, tmp_path):
     folder = tmp_path / "store"
     shutil.copytree(store.path, folder)
     with reading(Store.open(folder), run_dir, slots=64) as peers:
         os.truncate(folder / "layers" / "001.bundles", 100 * 4096)
         peers.ask(1, [200, 201])
+        assert peers.next().left == 2
         answer = peers.next()
         assert isinstance(answer, Unreadable)
         assert answer.reason == (
@@ -263,6 +317,19 @@ def test_a_file_that_shrinks_fails_the_fetch(store: Store, run_dir: Path, tmp_pa
             f" run inflash verify {folder}"
         )
         peers.parts(2, [1, 2], layer=0)
+
+
+def test_read_time_is_counted_once_however_much_is_read():
+    time_read = ReadTime()
+    time_read.begin(10)
+    time_read.begin(15)
+    assert time_read.take(17) == 7
+    time_read.end(20, 1)
+    time_read.end(30, 1)
+    time_read.begin(50)
+    time_read.end(54, 1)
+    assert time_read.take(100) == 13 + 4
+    assert time_read.take(200) == 0
 
 
 def mutations(rng: random.Random, good: list[bytes]) -> list[bytes]:
@@ -286,7 +353,7 @@ def mutations(rng: random.Random, good: list[bytes]) -> list[bytes]:
 
 def test_a_thousand_bad_messages_to_each_socket(peers: Peers):
     rng = random.Random(0)
-    fetch = Fetch(1, 77, 1, 0, np.arange(5, 9, dtype="<i4").tobytes())
+    fetch = Fetch(1, 77, 1, False, 0, np.arange(5, 9, dtype="<i4").tobytes())
     goods = [(peers.fetch, fetch), (peers.release, Release(77, 1, 0)), (peers.release, Drop(77))]
     for link, message in goods:
         frames = [bytes(f) for f in link.spec.codec.encode(message)]
@@ -299,8 +366,7 @@ def test_a_thousand_bad_messages_to_each_socket(peers: Peers):
     assert counters["bad_messages"] < 3000, "some mutations are good messages"
     put_away(peers)
     peers.parts(10_000, np.arange(256))
-    (again,) = peers.parts(10_001, np.arange(10, 20), layer=2)
-    assert again.part == 1
+    assert peers.parts(10_001, np.arange(10, 20), layer=2)[-1].left == 0
 
 
 def put_away(peers: Peers) -> None:

@@ -1,0 +1,155 @@
+"""Low-rank predictors: the file that `inflash fit` writes, and the scores that it stands for.
+
+    STORE/predictors.safetensors      STORE/predictors.json: its report and digest
+
+    layers.L.same.a    [r, hidden]         of the layer's own FFN input
+    layers.L.ahead.a   [r, 3 × hidden]     of what is known one layer before (see `Before`)
+    layers.L.*.b       [neurons, r]
+    layers.L.*.bias    [neurons]           the threshold is in it
+
+A neuron is named if its score, (f @ a.T) @ b.T + bias, is above 0 (the paper's d → r → n, section
+3.2). `a` and `b` are float16 in the file and float32 in memory: numpy multiplies no others fast.
+No torch here: the predictor process imports this.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import StoreError
+from common.store.geometry import Geometry
+from common.store.store import Store, forget_pages
+from common.store.tensors import Tensor, read_float32, read_header
+
+Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
+Kind = Literal["same", "ahead"]
+
+PREDICTORS = "predictors.safetensors"
+REPORT = "predictors.json"  # written after it: names its digest
+EMBEDDING = -1  # as a layer: what enters layer 0, from which layer 0 is looked ahead
+AHEAD_PARTS = 3
+
+
+@dataclass(frozen=True)
+class Before:
+    """What look-ahead for a layer starts from, float32 [hidden] each; a row of its features.
+
+    The token before has told what attention will add here more often than not: without it, look-
+    ahead has to name 1.3 to 3 times as many neurons for the same recall (docs/measurements.md).
+    """
+
+    input: Floats  # FFN input of the layer before (of layer 0: the embedding), this token
+    input_before: Floats  # the same, the token before
+    own_before: Floats  # FFN input of the layer itself, the token before
+
+    def features(self) -> Floats:
+        """float32 [1, 3 × hidden]."""
+        return np.concatenate([self.input, self.input_before, self.own_before])[None]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One predictor of one layer, float32: a [r, features], b [neurons, r], bias [neurons]."""
+
+    a: Floats
+    b: Floats
+    bias: Floats
+
+    def name(self, features: Floats) -> Ids:
+        """Ascending ids of the neurons named for any of the rows [rows, features]."""
+        scores = (features @ self.a.T) @ self.b.T + self.bias
+        return np.flatnonzero(scores.max(axis=0) > 0).astype(np.int32)
+
+
+def tensor_name(layer: int, kind: Kind, field: str) -> str:
+    return f"layers.{layer}.{kind}.{field}"
+
+
+def has_predictors(store: Store) -> bool:
+    return (store.path / PREDICTORS).is_file()
+
+
+def read_predictors(store: Store) -> dict[Kind, list[Factors]]:
+    """Both predictors of every layer; `StoreError` if there are none, or not of this store."""
+    path = store.path / PREDICTORS
+    if not path.is_file():
+        raise StoreError(
+            f"the store {store.path} has no fitted predictors ({PREDICTORS}): run"
+            f" `inflash fit {store.path}`, or choose --predictor exact"
+        )
+    tensors = read_header(path)
+    if problem := predictor_problem(store):
+        raise StoreError(f"{problem}: run `inflash fit {store.path}` again")
+    kinds: tuple[Kind, ...] = ("same", "ahead")
+    return {
+        kind: [_read(path, tensors, layer, kind, store.geometry) for layer in _layers(store)]
+        for kind in kinds
+    }
+
+
+def predictor_problem(store: Store) -> str:
+    """What is wrong with the store's predictors, by their report and digest; "" if nothing is."""
+    path, report = store.path / PREDICTORS, store.path / REPORT
+    try:
+        content = json.loads(report.read_bytes())
+        fitted_for, digest = content["store"], content["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{report} is missing or damaged"
+    if fitted_for != store.id:
+        return f"{path} was fitted for another store"
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            return f"{path} is damaged: it is not what its digest says"
+        forget_pages(file.fileno())
+    return ""
+
+
+def named_shares(store: Store) -> list[float] | None:
+    """Share of each layer's neurons that its predictor names for a token; None without a fit."""
+    try:
+        layers = json.loads((store.path / REPORT).read_bytes())["layers"]
+        return [row["active"] * row["same"]["named_per_active"] for row in layers]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def predictor_bytes(store: Store) -> int:
+    """Bytes that the predictors take in memory, all of them as float32."""
+    return sum(4 * int(np.prod(t.shape)) for t in read_header(store.path / PREDICTORS).values())
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The words that a safetensors file carries; its tensors were checked by `read_header`."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return dict(header.get("__metadata__", {}))
+
+
+def _layers(store: Store) -> range:
+    return range(store.geometry.layers)
+
+
+def _read(
+    path: Path, tensors: dict[str, Tensor], layer: int, kind: Kind, geometry: Geometry
+) -> Factors:
+    found = {}
+    for field in ("a", "b", "bias"):
+        name = tensor_name(layer, kind, field)
+        if name not in tensors:
+            raise StoreError(f"{path} lacks {name}: run `inflash fit` again")
+        found[field] = read_float32(tensors[name])
+    factors = Factors(**found)
+    features = geometry.hidden * (AHEAD_PARTS if kind == "ahead" else 1)
+    rank = len(factors.a)
+    shapes = [(rank, features), (geometry.neurons, rank), (geometry.neurons,)]
+    if [factors.a.shape, factors.b.shape, factors.bias.shape] != shapes:
+        raise StoreError(f"{path}: the shapes of layer {layer} {kind} do not fit the store")
+    return factors

@@ -1,0 +1,186 @@
+"""Look-ahead: neurons that a layer will probably need, read and protected before it asks.
+
+Pure. One prefetch of a layer:
+
+    Fetch ──▶ what is resident: pinned, so that it stays
+         └──▶ what is absent: groups, read where no demand has anything to read; pinned
+                  │
+                  ▼
+    the layer's demand, or its step is over: what is not begun is dropped, the pins are given up;
+    what is on its way lands as a resident that nobody holds
+
+Nothing of a prefetch is sent to compute: the demand finds it as hits. It claims slots that nobody
+holds, and marks no use. In a pool of all layers it leaves a share of the slots to the demands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from common.limits import (
+    FETCHES_MAX,
+    PART_BYTES_MAX,
+    PREFETCH_BUNDLES_MAX,
+    PREFETCH_GROUPS_IN_FLIGHT_MAX,
+)
+from common.messages import Fetch
+from common.policy import Slots
+from common.store.geometry import Geometry
+from services.reader.cache import Ids, Pool, among
+from services.reader.groups import Group, Groups
+
+DEMAND_SHARE = 4  # of a pool of all layers, one slot in so many is never a prefetch's
+
+
+@dataclass
+class Ahead:
+    """How far one prefetch is."""
+
+    fetch: Fetch
+    named: Ids  # ascending
+    todo: Ids  # ascending; neither protected nor in a group
+    protected: list[Slots] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)  # begun, over or not
+    over: bool = False  # its layer's demand has come, or its step is over
+    wasted: int = 0  # of what was read, what that demand did not name; known when it is over
+
+    @property
+    def read(self) -> Ids:
+        """What was read for it, or is being read."""
+        return np.concatenate([self.named[:0], *(group.ids for group in self.groups)])
+
+
+class Lookahead:
+    """All prefetches under way."""
+
+    def __init__(self, geometry: Geometry, pools: Sequence[Pool], groups: Groups) -> None:
+        """`pools` by layer; `groups` are shared with the demands."""
+        self.prefetched = 0  # neurons that were read
+        self.wasted = 0  # of them, those that the demand of that layer and step did not name
+        self.dropped = 0  # neurons that were named and not read in time
+        self.unreadable = 0  # groups that came wrong
+        self._neurons = geometry.neurons
+        self._pools = pools
+        self._groups = groups
+        self._group_size = max(
+            1, min(PREFETCH_BUNDLES_MAX, PART_BYTES_MAX // geometry.stride_bytes)
+        )
+        self._aheads: dict[tuple[int, int], Ahead] = {}
+        self._in_flight: dict[int, Ahead] = {}  # by the tag of the group
+
+    def full(self) -> bool:
+        return len(self._aheads) >= FETCHES_MAX
+
+    def knows(self, step: int, layer: int) -> bool:
+        return (step, layer) in self._aheads
+
+    def take(self, fetch: Fetch, ids: Ids) -> None:
+        """Takes a prefetch of `ids` up: protects what is resident, the rest is to be read."""
+        ahead = self._aheads[fetch.step, fetch.layer] = Ahead(fetch, ids, ids)
+        self._protect(ahead)
+
+    def groups(self, now: int) -> Iterator[Group]:
+        """What can be read ahead now. Few groups are in flight, so that a demand that comes finds
+        the drive free soon."""
+        for ahead in self._aheads.values():
+            if len(ahead.todo) and len(self._in_flight) < PREFETCH_GROUPS_IN_FLIGHT_MAX:
+                yield from self._next_groups(ahead, now)
+
+    def land(self, group: Group) -> None:
+        """All reads of a group are over and right."""
+        self._finish(group, group.slots)
+
+    def fail(self, group: Group, bad: Ids) -> None:
+        """A group's reads are over, but its neurons `bad` came wrong. If they are needed, the
+        demand reads them itself, and reports it."""
+        self.unreadable += 1
+        wrong = np.isin(group.ids, bad)
+        self._pools[group.layer].fail(group.slots[wrong])
+        self._finish(group, group.slots[~wrong])
+
+    def pass_by(self, step: int, layer: int, demanded: Ids) -> Ahead | None:
+        """A layer's demand is there: its prefetch ends and is returned, and so do those of the
+        layers before it and of all other steps."""
+        found = None
+        for key, ahead in list(self._aheads.items()):
+            if key == (step, layer):
+                self._end(ahead, demanded)
+                found = ahead
+            elif key[0] != step or key[1] < layer:
+                self._end(ahead, demanded[:0])
+        return found
+
+    def drop(self, step: int) -> None:
+        """Ends a step's prefetches."""
+        for (its_step, _), ahead in list(self._aheads.items()):
+            if its_step == step:
+                self._end(ahead, ahead.named[:0])
+
+    def give_up(self, pool: Pool) -> None:
+        """Protects nothing in a pool any more: a demand has no slot, and none would come free."""
+        for ahead in self._aheads.values():
+            if self._pools[ahead.fetch.layer] is pool:
+                self._let_go(ahead)
+
+    def _protect(self, ahead: Ahead) -> npt.NDArray[np.bool_]:
+        """Pins what is resident of what is to do; a mask over the rest: what is absent."""
+        layer = ahead.fetch.layer
+        pool = self._pools[layer]
+        resident, absent = pool.find(layer, ahead.todo)
+        if resident.any():
+            ids = ahead.todo[resident]
+            new = ~pool.held(layer, ids)  # the others cost no slot
+            ids = ids[~new | (np.cumsum(new) <= self._allowance(pool))]
+            ahead.protected.append(pool.pin(layer, ids))
+            ahead.todo, absent = ahead.todo[~resident], absent[~resident]
+        return absent
+
+    def _next_groups(self, ahead: Ahead, now: int) -> list[Group]:
+        """The next neurons to read ahead; none if there is no slot for them, or all are on their
+        way."""
+        absent = self._protect(ahead)  # other fetches may have brought some by now
+        layer = ahead.fetch.layer
+        pool, size = self._pools[layer], self._group_size
+        count = size * (PREFETCH_GROUPS_IN_FLIGHT_MAX - len(self._in_flight))
+        places = np.flatnonzero(absent)[: min(count, self._allowance(pool))]
+        if not len(places):
+            return []
+        ids = ahead.todo[places]
+        ahead.todo = np.delete(ahead.todo, places)
+        groups = self._groups.begin(ahead.fetch, ids, pool.claim(layer, ids, now), size)
+        ahead.groups += groups
+        self._in_flight |= {group.tag: ahead for group in groups}
+        self.prefetched += len(ids)
+        return groups
+
+    def _allowance(self, pool: Pool) -> int:
+        """Slots that prefetches may still pin in a pool. In a layer's own pool the layer's demand
+        ends its prefetch; a pool of all layers has other demands to serve."""
+        left = -(-pool.usable // DEMAND_SHARE) if len(pool.layers) > 1 else 0
+        return max(0, pool.room() - left)
+
+    def _finish(self, group: Group, slots: Slots) -> None:
+        ahead, pool = self._in_flight.pop(group.tag), self._pools[group.layer]
+        pool.land(slots)
+        if ahead.over:
+            pool.unpin(slots)
+        else:
+            ahead.protected.append(slots)
+
+    def _end(self, ahead: Ahead, demanded: Ids) -> None:
+        ahead.over = True
+        ahead.wasted = int(np.count_nonzero(~among(ahead.read, demanded, self._neurons)))
+        self.wasted += ahead.wasted
+        self._let_go(ahead)
+        del self._aheads[ahead.fetch.step, ahead.fetch.layer]
+
+    def _let_go(self, ahead: Ahead) -> None:
+        self.dropped += len(ahead.todo)
+        ahead.todo = ahead.todo[:0]
+        for slots in ahead.protected:
+            self._pools[ahead.fetch.layer].unpin(slots)
+        ahead.protected.clear()

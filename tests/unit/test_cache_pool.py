@@ -1,0 +1,124 @@
+"""A pool of slots, by example: whose neuron leaves, and how slots leave and come back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from common.policy import Decay, Policy, Window
+from services.reader.cache import Pool, among, make_pools, resize
+
+NEURONS = 1000
+
+
+def ids(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.int32)
+
+
+def pool_of(slots: int, policy: Policy | None = None) -> Pool:
+    return Pool(range(1), NEURONS, range(slots), policy or Window(None))
+
+
+def bring(pool: Pool, now: int, *numbers: int) -> None:
+    """Brings neurons in that token `now` uses."""
+    slots = pool.claim(0, ids(*numbers), now)
+    pool.use(0, ids(*numbers), now)
+    pool.land(slots)
+    pool.unpin(slots)
+
+
+def resident(pool: Pool) -> list[int]:
+    return pool.residents(0).tolist()
+
+
+def test_a_neuron_that_comes_back_has_the_count_that_it_left_with():
+    pool = pool_of(1, Decay(half_life=8))
+    bring(pool, 1, 7)
+    bring(pool, 2, 8)
+    assert resident(pool) == [8]
+    bring(pool, 9, 7)
+    assert 2 ** (pool.keys[7] - 9 / 8) == pytest.approx(1.5), "its use of 8 tokens ago is half one"
+
+
+def test_a_small_pool_gives_up_what_it_must():
+    pool = pool_of(640)
+    bring(pool, 1, *range(640))
+    bring(pool, 2, 700)
+    assert (pool.evictions, pool.resident) == (1, 640)
+
+
+def test_a_large_pool_gives_up_some_to_spare(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("services.reader.cache.SPARE_SLOTS_MIN", 640)
+    pool = pool_of(640)
+    bring(pool, 1, *range(10))
+    bring(pool, 2, *range(10, 640))
+    for now, neuron in enumerate(range(700, 710), 3):
+        bring(pool, now, neuron)
+        assert pool.evictions == 10
+    assert resident(pool) == [*range(10, 640), *range(700, 710)], "the longest unused"
+
+
+def test_what_is_withdrawn_is_free_slots_first_then_the_longest_unused():
+    pool = pool_of(6)
+    bring(pool, 1, 1)
+    bring(pool, 2, 2, 3)
+    assert sorted(pool.withdraw(3)) == [3, 4, 5]
+    assert resident(pool) == [1, 2, 3]
+    assert pool.withdraw(1).tolist() == [0], "the slot of 1"
+    assert resident(pool) == [2, 3]
+    assert (pool.usable, pool.room()) == (2, 2)
+    assert len(pool.withdraw(9)) == 1, "one slot stays in use"
+    assert len(pool.withdraw(9)) == 0
+
+
+def test_what_is_held_is_not_withdrawn():
+    pool = pool_of(4)
+    loading = pool.claim(0, ids(1, 2, 3), 1)
+    assert pool.withdraw(4).tolist() == [3]
+    pool.land(loading)
+    assert len(pool.withdraw(4)) == 0
+    pool.unpin(loading)
+    assert len(pool.withdraw(4)) == 2
+
+
+def test_what_is_withdrawn_is_not_claimed_until_it_is_restored():
+    pool = pool_of(4)
+    gone = set(pool.withdraw(2).tolist())
+    bring(pool, 1, 1, 2)
+    bring(pool, 2, 3, 4)
+    assert not gone & set(pool.slot_of[[3, 4]].tolist())
+    assert set(pool.restore(5).tolist()) == gone
+    bring(pool, 3, 5, 6)
+    assert set(pool.slot_of[[5, 6]].tolist()) == gone, "free slots first"
+    assert resident(pool) == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_resize_shares_out(scope: str):
+    pools = make_pools(NEURONS, (100, 100, 50), Window(None), scope)
+    each = list(dict.fromkeys(pools))
+    change = resize(each, 125, 2)
+    assert sum(pool.usable for pool in each) == 125
+    assert len(set(change.withdrawn.tolist())) == 125
+    assert len(change.restored) == 0
+    if scope == "layer":
+        assert [pool.usable for pool in each] == [50, 50, 25]
+    back = resize(each, 250, 2)
+    assert set(back.restored.tolist()) == set(change.withdrawn.tolist())
+    assert set(back.restored.tolist()) <= set(range(250)), "slots of the whole cache"
+    assert len(back.withdrawn) == 0
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_resize_keeps_the_least(scope: str):
+    pools = make_pools(NEURONS, (100, 100, 1), Window(None), scope)
+    each = list(dict.fromkeys(pools))
+    resize(each, 0, 2)
+    assert [pool.usable for pool in each] == ([2, 2, 1] if scope == "layer" else [6])
+    resize(each, 10_000, 2)
+    assert sum(pool.usable for pool in each) == 201
+
+
+def test_among():
+    assert among(ids(1, 5, 9), ids(9, 0, 1), NEURONS).tolist() == [True, False, True]
+    assert among(ids(), ids(1), NEURONS).tolist() == []

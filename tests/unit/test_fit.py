@@ -1,0 +1,163 @@
+"""`inflash fit` on tiny stores: what it writes, resuming, sharing the work, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from common.errors import StoreError
+from common.lowrank import PREDICTORS, REPORT, Before, predictor_bytes, read_predictors
+from common.store.store import Store
+from scripts.fit import PICTURE, _ranges, main
+from services.predictor.predictors import PREDICTORS as KINDS
+
+ARGUMENTS = ("--tokens", "1024", "--length", "64", "--passes", "0.5", "--threads", "1",
+             "--size", "400%")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "some.py"
+    path.write_text("\n".join(f"def f{i}(x):\n    return x + {i * i}\n" for i in range(900)))
+    return path
+
+
+@pytest.fixture
+def store(store_of: Any, tmp_path: Path) -> Store:
+    """A copy: fitting writes into it."""
+    shutil.copytree(store_of("llama-relu", "float16").path, tmp_path / "store")
+    return Store.open(tmp_path / "store")
+
+
+def fit(store: Store, text: Path, *more: str) -> Result:
+    arguments = [str(store.path), "--text", str(text), *ARGUMENTS, *more]
+    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+
+def test_fit_writes_predictors_report_and_picture(store: Store, text: Path) -> None:
+    result = fit(store, text, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report == json.loads((store.path / REPORT).read_text())
+    assert (store.path / PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert not (store.path / "fit").exists(), "the recording and the parts are gone"
+    assert len(report["layers"]) == store.geometry.layers
+    for row in report["layers"]:
+        for kind in ("same", "ahead"):
+            assert row[kind]["recall"] >= 0.9
+            assert row[kind]["recall"] == pytest.approx(1 - row[kind]["false_negatives"])
+    assert report["totals"]["same"]["recall"] >= 0.99
+    assert report["totals"]["ahead"]["recall"] >= 0.97
+    factors = read_predictors(store)
+    assert predictor_bytes(store) == sum(
+        4 * (f.a.size + f.b.size + f.bias.size) for kind in factors.values() for f in kind
+    )
+    again = fit(store, text, "--json")
+    assert json.loads(again.stdout) == report
+    assert "fitted already" in again.stderr
+
+
+def test_layers_that_are_fitted_are_kept_and_others_added(store: Store, text: Path) -> None:
+    last = store.geometry.layers - 1
+    first = fit(store, text, "--layers", f"0-{last - 1}")
+    assert first.exit_code == 0, first.output
+    assert f"missing: {last}" in first.output
+    assert not (store.path / PREDICTORS).exists()
+    part = store.path / "fit" / "layer-000.safetensors"
+    # Another machine has a copy of the store, and fits the rest.
+    other = Store.open(shutil.copytree(store.path, store.path.with_name("other")))
+    shutil.rmtree(other.path / "fit")
+    assert fit(other, text, "--layers", f"{last}").exit_code == 0
+    shutil.copy(other.path / "fit" / f"layer-{last:03}.safetensors", part.parent)
+    done = fit(store, text)
+    assert done.exit_code == 0, done.output
+    assert read_predictors(store)["same"]
+    assert not part.exists()
+    # In one go it comes to the same.
+    alone = Store.open(shutil.copytree(other.path, store.path.with_name("alone")))
+    shutil.rmtree(alone.path / "fit")
+    assert fit(alone, text).exit_code == 0
+    for kind, factors in read_predictors(alone).items():
+        for ours, theirs in zip(factors, read_predictors(store)[kind], strict=True):
+            np.testing.assert_allclose(ours.b, theirs.b, rtol=1e-2, atol=1e-3)
+
+
+def test_what_is_damaged_missing_or_of_another_store_is_refused(store: Store, text: Path) -> None:
+    with pytest.raises(StoreError, match=r"no fitted predictors.*inflash fit"):
+        read_predictors(store)
+    assert fit(store, text, "--passes", "0").exit_code == 0
+    path, report = store.path / PREDICTORS, store.path / REPORT
+    whole, words = path.read_bytes(), report.read_text()
+    path.write_bytes(whole[:-4] + b"\1\2\3\4")
+    with pytest.raises(StoreError, match=r"damaged.*inflash fit"):
+        read_predictors(store)
+    path.write_bytes(whole[:1000])
+    with pytest.raises(StoreError, match="truncated"):
+        read_predictors(store)
+    path.write_bytes(whole)
+    report.write_text(words.replace(store.id, "0" * 16))
+    with pytest.raises(StoreError, match="another store"):
+        read_predictors(store)
+    report.unlink()
+    with pytest.raises(StoreError, match="missing or damaged"):
+        read_predictors(store)
+
+
+def test_the_service_names_what_the_factors_name(store: Store, text: Path) -> None:
+    assert fit(store, text, "--passes", "0").exit_code == 0
+    factors = read_predictors(store)
+    predictor = KINDS["lowrank"](store)
+    random = np.random.default_rng(1)
+    before, now = random.normal(size=(2, store.geometry.layers + 1, store.geometry.hidden)).astype(
+        np.float32
+    )
+    layers = range(-1, store.geometry.layers)
+    for layer in layers:
+        assert predictor.look_ahead(layer, before[layer]) is None, "there is no token before"
+        predictor.remember(layer, before[layer])
+    for layer in layers:
+        ahead = predictor.look_ahead(layer, now[layer])
+        predictor.remember(layer, now[layer])
+        if layer == layers[-1]:
+            assert ahead is None
+        else:
+            features = Before(now[layer], before[layer], before[layer + 1]).features()
+            expected = factors["ahead"][layer + 1].name(features)
+            assert ahead is not None
+            assert ahead.tolist() == expected.tolist()
+        if layer >= 0:
+            named = predictor.name(layer, now[layer][None])
+            scores = factors["same"][layer]
+            fires = (now[layer] @ scores.a.T) @ scores.b.T + scores.bias > 0
+            assert named.tolist() == np.flatnonzero(fires).tolist()
+    predictor.forget()
+    assert predictor.look_ahead(0, now[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--layers", "3-1"), "no range of layers"),
+        (("--layers", "0-99"), "has layers 0 to"),
+        (("--size", "much"), "no share"),
+        (("--memory", "some"), "no size"),
+        (("--text", "/nowhere/at/all"), "/nowhere/at/all"),
+    ],
+)
+def test_a_users_mistake_is_told(
+    store: Store, text: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    result = fit(store, text, *arguments)
+    assert result.exit_code in (1, 2)
+    assert says in result.output
+    assert "Traceback" not in result.output
+
+
+def test_ranges() -> None:
+    assert _ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"

@@ -1,0 +1,307 @@
+"""How look-ahead goes, by example: what it protects and reads, and how it gives way to demands."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from common.limits import PREFETCH_BUNDLES_MAX, PREFETCH_GROUPS_IN_FLIGHT_MAX
+from common.messages import Fetch, Resident, Unreadable
+from common.policy import Window
+from common.store.geometry import Geometry
+from services.reader.fetches import BadFetchError, Fetches
+from services.reader.groups import Group
+
+NEURONS = 1024
+STRIDE = 16384
+GEOMETRY = Geometry(layers=2, neurons=NEURONS, hidden=2048, gated=False, dtype="float32")
+assert GEOMETRY.stride_bytes == STRIDE
+SCOPES = pytest.mark.parametrize("scope", ["layer", "global"])
+
+
+def reader(slots: int = 100, scope: str = "layer", extras: str = "none") -> Fetches:
+    return Fetches(GEOMETRY, (slots, slots), Window(None), scope, extras)
+
+
+def frame(ids: object) -> bytes:
+    return np.array(ids, "<i4").tobytes()
+
+
+def demand(fetches: Fetches, ids: object, step: int = 1, layer: int = 1) -> Resident:
+    (answer,) = fetches.take(Fetch(9, step, layer, False, 5, frame(ids)), 0)
+    return answer
+
+
+def prefetch(fetches: Fetches, ids: object, step: int = 1, layer: int = 1) -> None:
+    assert fetches.take(Fetch(9, step, layer, True, 5, frame(ids)), 0) == []
+
+
+def begun(fetches: Fetches) -> list[Group]:
+    groups = list(fetches.groups(0))
+    assert all(isinstance(group, Group) for group in groups)
+    return [group for group in groups if isinstance(group, Group)]
+
+
+def land_all(fetches: Fetches) -> list[Resident]:
+    """Lands what can begin, until nothing can."""
+    answers: list[Resident] = []
+    while groups := list(fetches.groups(0)):
+        for group in groups:
+            if isinstance(group, Group):
+                answers += fetches.land(group.tag, 0)
+            else:
+                answers.append(group)
+    return answers
+
+
+def fill(fetches: Fetches, ids: object, step: int = 1, layer: int = 1) -> None:
+    """Demands `ids`, lands and releases them."""
+    parts = [demand(fetches, ids, step, layer)]
+    while parts:
+        for part in parts:
+            fetches.release(step, layer, part.part)
+        parts = land_all(fetches)
+
+
+def ids_of(answer: Resident) -> list[int]:
+    return np.frombuffer(answer.ids, "<i4").tolist()
+
+
+def is_resident(fetches: Fetches, ids: list[int], layer: int = 1) -> list[bool]:
+    return fetches.pools[layer].find(layer, np.array(ids, np.int32))[0].tolist()
+
+
+@SCOPES
+def test_what_was_read_ahead_is_a_hit(scope: str):
+    fetches = reader(scope=scope)
+    fill(fetches, [3])
+    prefetch(fetches, [3, 4, 5, 9], step=2)
+    (group,) = begun(fetches)
+    assert (group.layer, group.ids.tolist()) == (1, [4, 5, 9])
+    assert fetches.land(group.tag, 0) == [], "compute hears nothing of it"
+    answer = demand(fetches, [3, 4, 9, 10], step=2)
+    assert (ids_of(answer), answer.left, answer.extra) == ([3, 4, 9], 1, 0)
+    assert (answer.prefetched, answer.reads, answer.bytes_read) == (2, 2, 3 * STRIDE)
+    assert answer.wasted_bytes == STRIDE, "5 was read for nothing"
+    (miss,) = land_all(fetches)
+    assert (ids_of(miss), miss.reads, miss.bytes_read) == ([10], 1, STRIDE)
+    assert (fetches.hits, fetches.misses) == (3, 2), "of demands: 3 was a miss once"
+    assert (fetches.ahead.prefetched, fetches.ahead.wasted) == (3, 1)
+
+
+def test_what_is_on_its_way_serves_the_demand_when_it_lands():
+    fetches = reader()
+    prefetch(fetches, [4, 5])
+    (group,) = begun(fetches)
+    answer = demand(fetches, [4])
+    assert (ids_of(answer), answer.left, answer.prefetched) == ([], 1, 0), "it is late"
+    assert (answer.bytes_read, answer.wasted_bytes) == (2 * STRIDE, STRIDE)
+    assert begun(fetches) == [], "it is not read twice"
+    assert fetches.land(group.tag, 0) == []
+    (late,) = fetches.groups(7)
+    assert isinstance(late, Resident)
+    assert (late.part, ids_of(late), late.left, late.reads, late.landed_ns) == (1, [4], 0, 0, 7)
+    fetches.release(1, 1, 0)
+    fetches.release(1, 1, 1)
+    assert is_resident(fetches, [4, 5]) == [True, True]
+    assert fetches.pools[1].room() == 100, "nobody holds them"
+
+
+def test_demands_go_first():
+    fetches = reader(500)
+    prefetch(fetches, [1, 2], layer=1)
+    demand(fetches, np.arange(300), layer=0)
+    first = begun(fetches)
+    assert [group.layer for group in first] == [0, 0, 0, 0, 1], "when all of layer 0 is begun"
+
+    fetches = reader(200)
+    demand(fetches, np.arange(300), layer=0)
+    prefetch(fetches, [1, 2], layer=1)
+    groups = begun(fetches)
+    assert [group.layer for group in groups] == [0, 0], "half of layer 0 is still to be read"
+    assert fetches.ahead.prefetched == 0
+
+
+def test_little_is_read_ahead_at_once():
+    fetches = reader(500)
+    prefetch(fetches, np.arange(400))
+    groups = begun(fetches)
+    assert [len(g.ids) for g in groups] == [PREFETCH_BUNDLES_MAX] * PREFETCH_GROUPS_IN_FLIGHT_MAX
+    assert begun(fetches) == []
+    fetches.land(groups[0].tag, 0)
+    (third,) = begun(fetches)
+    assert third.ids[0] == PREFETCH_GROUPS_IN_FLIGHT_MAX * PREFETCH_BUNDLES_MAX
+    demand(fetches, [], layer=1)
+    dropped = 400 - 3 * PREFETCH_BUNDLES_MAX
+    assert fetches.ahead.dropped == dropped, "what is not begun when its layer asks"
+    assert begun(fetches) == []
+
+
+@SCOPES
+def test_what_is_protected_stays(scope: str):
+    fetches = reader(50, scope)
+    fill(fetches, np.arange(50), step=1, layer=1)
+    prefetch(fetches, np.arange(10), step=2)
+    fill(fetches, np.arange(200, 300), step=2, layer=0)
+    assert all(is_resident(fetches, list(range(10))))
+    assert demand(fetches, np.arange(10), step=2).left == 0
+    if scope == "global":
+        assert is_resident(fetches, list(range(10, 50))).count(True) < 40, "others gave way"
+
+
+def test_protection_is_not_a_use():
+    fetches = reader(4)
+    fill(fetches, [1, 2, 3, 4], step=1)
+    fill(fetches, [3, 4], step=2)
+    prefetch(fetches, [1], step=3)
+    fill(fetches, [2, 9], step=3)
+    assert is_resident(fetches, [1, 2, 3, 4, 9]) == [False, True, True, True, True]
+
+
+@SCOPES
+def test_a_layer_that_asks_ends_the_look_ahead_before_it(scope: str):
+    fetches = reader(20, scope)
+    prefetch(fetches, [1], step=1, layer=0)
+    prefetch(fetches, [2], step=1, layer=1)
+    prefetch(fetches, [3], step=2, layer=0)
+    land_all(fetches)
+    pools = fetches.each_pool()
+    assert sum(pool.pinned for pool in pools) == 3
+    demand(fetches, [7], step=2, layer=0)
+    assert sum(pool.pinned for pool in pools) == 0, "step 1 is over, and layer 0 did not need 3"
+    assert fetches.ahead.wasted == 3
+
+
+def test_a_drop_ends_look_ahead():
+    fetches = reader()
+    prefetch(fetches, [1])
+    (group,) = begun(fetches)
+    prefetch(fetches, [1, 2], layer=0)
+    fetches.drop(1)
+    assert begun(fetches) == []
+    assert fetches.land(group.tag, 0) == []
+    assert [pool.pinned for pool in fetches.pools] == [0, 0]
+    prefetch(fetches, [5])
+    assert fetches.late_prefetches == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "layer", "late"), [(5, 0, 1), (5, 1, 1), (4, 1, 1), (6, 0, 0)], ids=str
+)
+def test_look_ahead_of_what_has_passed_is_late(step: int, layer: int, late: int):
+    fetches = reader()
+    demand(fetches, [1], step=5, layer=1)
+    begun(fetches)
+    prefetch(fetches, [7], step=step, layer=layer)
+    assert fetches.late_prefetches == late
+    assert len(begun(fetches)) == 1 - late
+
+
+def test_the_same_look_ahead_twice_is_refused():
+    fetches = reader()
+    prefetch(fetches, [1])
+    with pytest.raises(BadFetchError, match="under way"):
+        prefetch(fetches, [2])
+
+
+def test_look_ahead_counts_as_a_token():
+    fetches = Fetches(GEOMETRY, (100, 100), Window(1), "layer", "none")
+    fill(fetches, [1, 2], step=1)
+    prefetch(fetches, [1], step=2)
+    prefetch(fetches, [1], step=3)
+    answer = demand(fetches, [1, 2], step=3)
+    assert ids_of(answer) == [1], "2 was used two tokens ago; 1 was, too, but is protected"
+
+
+def test_a_bundle_that_comes_wrong_ahead_fails_nobody():
+    fetches = reader()
+    prefetch(fetches, [4, 5])
+    (group,) = begun(fetches)
+    assert fetches.fail(group.tag, np.array([4]), "why") == []
+    assert fetches.ahead.unreadable == 1
+    answer = demand(fetches, [4, 5])
+    assert (ids_of(answer), answer.left) == ([5], 1)
+    (again,) = begun(fetches)
+    assert again.ids.tolist() == [4], "the demand reads it itself"
+    assert fetches.fail(again.tag, again.ids, "why") == [Unreadable(9, 1, 1, "why")]
+
+
+def test_look_ahead_leaves_demands_their_share_of_a_global_pool():
+    fetches = reader(50, "global")
+    prefetch(fetches, np.arange(400), layer=1)
+    land_all(fetches)
+    assert fetches.pools[0].room() == 25
+    fill(fetches, np.arange(300), layer=0)
+    assert fetches.pools[0].room() == 25, "a whole layer streamed through it"
+
+
+def test_a_demand_that_nothing_else_can_help_takes_protected_slots():
+    fetches = reader(2)
+    demand(fetches, [1, 2, 3, 4], step=1)
+    parts = [part for group in begun(fetches) for part in fetches.land(group.tag, 0)]
+    prefetch(fetches, [1, 2], step=2)
+    assert begun(fetches) == [], "compute will release"
+    for part in parts:
+        fetches.release(1, 1, part.part)
+    assert [group.ids.tolist() for group in begun(fetches)] == [[3], [4]]
+
+
+def test_a_demand_that_nothing_else_can_help_makes_do_with_a_crumb():
+    fetches = reader(8)
+    demand(fetches, np.arange(16), step=1)
+    parts = [part for group in begun(fetches) for part in fetches.land(group.tag, 0)]
+    prefetch(fetches, np.arange(7), step=2)
+    for part in parts:
+        fetches.release(1, 1, part.part)
+    assert [group.ids.tolist() for group in begun(fetches)] == [[8]]
+
+
+@pytest.mark.parametrize(
+    ("extras", "found"), [("none", []), ("ahead", [5]), ("resident", [2, 3, 5])]
+)
+@SCOPES
+def test_extras(extras: str, found: list[int], scope: str):
+    fetches = reader(50, scope, extras)
+    fill(fetches, [1, 2, 3])
+    fill(fetches, [40], layer=0)
+    prefetch(fetches, [1, 5], step=2)
+    land_all(fetches)
+    answer = demand(fetches, [1, 7], step=2)
+    assert (ids_of(answer), answer.extra, answer.left) == ([1, *found], len(found), 1)
+    assert len(answer.slots) == len(answer.ids)
+    assert fetches.hits == 1
+    pool = fetches.pools[1]
+    assert pool.pinned == 1 + len(found)
+    fetches.release(2, 1, 0)
+    assert pool.pinned == 0
+
+
+def test_an_extra_is_not_a_use():
+    fetches = reader(3, extras="resident")
+    fill(fetches, [1], step=1)
+    fill(fetches, [2], step=2)
+    fill(fetches, [3], step=3)
+    assert demand(fetches, [2, 3], step=4).extra == 1
+    fetches.release(4, 1, 0)
+    fill(fetches, [9], step=5)
+    assert is_resident(fetches, [1, 2, 3]) == [False, True, True]
+
+
+def test_all_neurons_leave_nothing_extra():
+    fetches = reader(10, extras="resident")
+    fill(fetches, [1, 2])
+    answer = demand(fetches, np.arange(NEURONS), step=2)
+    assert (answer.extra, ids_of(answer)) == (0, [1, 2])
+
+
+@pytest.mark.parametrize("extras", ["ahead", "resident"])
+@pytest.mark.parametrize("misses", [1, 3])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_extras_leave_the_misses_room_to_stream(extras: str, misses: int, slots: int):
+    fetches = reader(slots, extras=extras)
+    fill(fetches, [1, 2])
+    prefetch(fetches, [1, 2], step=2)
+    answer = demand(fetches, np.arange(10, 10 + misses), step=2)
+    assert answer.extra == slots - 1
+    (group,) = begun(fetches)
+    assert group.ids.tolist() == [10], "before compute has released the extra"
