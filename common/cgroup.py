@@ -52,6 +52,11 @@ def machine_bytes(root: Path = ROOT) -> int:
     return total
 
 
+def is_limited(root: Path = ROOT) -> bool:
+    """Whether a cgroup allows less memory than the machine has."""
+    return machine_bytes(root) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _mounts(root: Path) -> Iterator[tuple[int, Path, PurePosixPath]]:
     """Version, where it is mounted, and which group of the hierarchy the mount shows."""
     for line in _lines(root / "proc/self/mountinfo"):

@@ -34,6 +34,8 @@ Kind = Literal["same", "ahead"]
 
 PREDICTORS = "predictors.safetensors"
 REPORT = "predictors.json"  # written after it: names its digest
+PICTURE = "predictors.png"
+FILES = (PREDICTORS, REPORT, PICTURE)
 EMBEDDING = -1  # as a layer: what enters layer 0, from which layer 0 is looked ahead
 AHEAD_PARTS = 3
 

@@ -30,11 +30,10 @@ from common.learn.layer import Fit, Goal, Phase, fit_layer
 from common.learn.picture import draw_report
 from common.learn.recording import Recording, record, text_digest
 from common.learn.windows import windows_of
-from common.lowrank import REPORT, Kind, predictor_problem
+from common.lowrank import PICTURE, REPORT, Kind, predictor_problem
 from common.store.store import Store
 
 TEXT = ("README.md", "ARCHITECTURE.md", "docs", "inflash", "common", "services", "scripts", "tests")
-PICTURE = "predictors.png"
 MARGIN = 0.2  # of the distance to 1, by which recall is chosen above what was asked for
 NAMED_SHARE = 0.85  # of --named, that a rank must do with on our text: other text asks for more
 SAME_SHARE = 0.4  # of the size budget; look-ahead has three times the features

@@ -17,7 +17,9 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from common.errors import UserError
-from common.store.verify import Findings, store_bytes, verify_store
+from common.lowrank import FILES, PREDICTORS, has_predictors, predictor_problem
+from common.store.store import Store
+from common.store.verify import Findings, Problem, store_bytes, verify_store
 
 _ERR = Console(stderr=True, highlight=False)
 
@@ -47,7 +49,14 @@ def _verify(store: Path) -> Findings:
     columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_ERR) as progress:
         task = progress.add_task("", total=store_bytes(store))
-        return verify_store(store, lambda count: progress.advance(task, count))
+        findings = verify_store(store, lambda count: progress.advance(task, count))
+    surplus = tuple(name for name in findings.surplus if name not in FILES)
+    problems = findings.problems
+    # Of a store whose manifest is bad nothing can be said about its predictors.
+    opened = None if problems else Store.open(store)
+    if opened and has_predictors(opened) and (problem := predictor_problem(opened)):
+        problems = (Problem(f"{problem}; run inflash fit {store} again", PREDICTORS),)
+    return dataclasses.replace(findings, problems=problems, surplus=surplus)
 
 
 def _show(store: Path, findings: Findings, seconds: float) -> None:

@@ -12,9 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from common.errors import StoreError
-from common.lowrank import PREDICTORS, REPORT, Before, predictor_bytes, read_predictors
+from common.lowrank import PICTURE, PREDICTORS, REPORT, Before, predictor_bytes, read_predictors
 from common.store.store import Store
-from scripts.fit import PICTURE, _ranges, main
+from scripts.fit import _ranges, main
+from scripts.verify import main as verify
 from services.predictor.predictors import PREDICTORS as KINDS
 
 ARGUMENTS = ("--tokens", "1024", "--length", "64", "--passes", "0.5", "--threads", "1",
@@ -94,7 +95,11 @@ def test_what_is_damaged_missing_or_of_another_store_is_refused(store: Store, te
     assert fit(store, text, "--passes", "0").exit_code == 0
     path, report = store.path / PREDICTORS, store.path / REPORT
     whole, words = path.read_bytes(), report.read_text()
+    assert CliRunner().invoke(verify, [str(store.path)]).exit_code == 0
     path.write_bytes(whole[:-4] + b"\1\2\3\4")
+    verified = CliRunner().invoke(verify, [str(store.path)])
+    assert verified.exit_code == 1
+    assert "predictors.safetensors is damaged" in verified.stdout
     with pytest.raises(StoreError, match=r"damaged.*inflash fit"):
         read_predictors(store)
     path.write_bytes(whole[:1000])

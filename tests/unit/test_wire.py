@@ -30,6 +30,7 @@ SAMPLINGS = st.builds(
     seed=st.none() | st.integers(0, 2**63 - 1),
     stop=st.lists(st.text("ab€", min_size=1, max_size=9), max_size=16).map(tuple),
     ignore_eos=st.booleans(),
+    forced=st.lists(st.integers(0, 2**31 - 1), max_size=5).map(tuple),
 )
 STATS = st.builds(
     wire.Stats,
@@ -59,7 +60,9 @@ SERVICE_MESSAGES = st.one_of(
     st.builds(messages.Token, I64, I64, I64, FLOATS, RAW),
     st.builds(messages.Done, I64, TEXT, TEXT, TEXT, STATS),
     st.builds(messages.Health, TEXT, I64, FLOATS, I64, st.dictionaries(TEXT, I64)),
-    st.builds(messages.Resident, *[I64] * 10, RAW, RAW),
+    st.builds(messages.Predict, *[I64] * 3, st.booleans(), RAW),
+    st.builds(messages.Fetch, *[I64] * 3, st.booleans(), I64, RAW),
+    st.builds(messages.Resident, *[I64] * 14, RAW, RAW),
 )
 CODECS = [wire.CLIENT_CODEC, *(spec.codec for spec in LINKS.values())]
 
