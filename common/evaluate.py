@@ -107,7 +107,7 @@ class Counting:
 
 def name(factors: Factors, features: Floats) -> Bools:
     """[rows, neurons]: which neurons are named for each row of `features`."""
-    named: Bools = (features @ factors.a.T) @ factors.b.T + factors.bias > 0
+    named: Bools = factors.scores(features) > 0
     return named
 
 

@@ -65,10 +65,13 @@ class Factors:
     b: Floats
     bias: Floats
 
+    def scores(self, features: Floats) -> Floats:
+        """[rows, neurons], of features [rows, features]."""
+        return np.add((features @ self.a.T) @ self.b.T, self.bias, dtype=np.float32)
+
     def name(self, features: Floats) -> Ids:
         """Ascending ids of the neurons named for any of the rows [rows, features]."""
-        scores = (features @ self.a.T) @ self.b.T + self.bias
-        return np.flatnonzero(scores.max(axis=0) > 0).astype(np.int32)
+        return np.flatnonzero(self.scores(features).max(axis=0) > 0).astype(np.int32)
 
 
 def tensor_name(layer: int, kind: Kind, field: str) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ Places = npt.NDArray[np.intp]  # ids, or ids counted through all layers
 
 FORMAT = 1
 NAMES = ("fired", "named")  # what a trace's ids are: neurons that fired, or that were predicted
-SCOPES = ("layer", "by use", "global")
+SCOPES = ("equal", "use", "global")
 _BLOCK_BYTES = 1 << 26  # of unpacked bits
 _LARGE_NEURONS = 4096  # from here on it is faster not to look at all of them
 
@@ -75,7 +75,7 @@ def id_type(neurons: int) -> type[np.uint16] | type[np.int32]:
 
 
 def trace_from_bits(
-    layers: Sequence[npt.NDArray[Any]],
+    layers: Iterable[npt.NDArray[Any]],
     neurons: int,
     stride_bytes: int,
     starts: Sequence[int] = (0,),
@@ -284,7 +284,7 @@ class _Lowest:
 def slots_per_pool(trace: Trace, scope: str, share: float) -> list[int]:
     """Slots of each pool when the cache holds `share` of the FFN: as many in sum in every scope."""
     each = max(1, int(share * trace.neurons + 1e-9))
-    if scope == "layer":
+    if scope == "equal":
         return [each] * trace.layers
     total = each * trace.layers
     if scope == "global":

@@ -110,13 +110,12 @@ def figures(stats: list[Stats], store: Store) -> Table:
     """A row per prompt. Tokens after the first only: the first one's prompt streams all layers."""
     table = Table(title=f"cache: {CACHE} of {store.geometry.ffn_bytes / 1e6:.1f} MB FFN weights")
     table.add_column("prompt", no_wrap=True)
-    headings = ("tokens/s", "hit rate", "late", "read per token", "of the FFN", "reads hidden")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    for heading in ("tokens/s", "hits", "late", "read a token", "of the FFN", "hidden"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for prompt, s in zip(PROMPTS, stats, strict=True):
         read = s.decode_bytes_per_token
         table.add_row(
-            repr(prompt)[:20] + "…" if len(repr(prompt)) > 20 else repr(prompt),
+            repr(prompt)[:18] + "…" if len(repr(prompt)) > 18 else repr(prompt),
             f"{s.tokens_per_s:.1f}",
             f"{s.decode_hit_rate:.1%}",
             f"{s.decode_late_share:.1%}",

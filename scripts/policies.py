@@ -63,8 +63,8 @@ _STYLES = {
 }
 SIZES = "5,10,15,20,25,30,40,50"
 NOTES = {
-    "layer": "as many slots in every layer",
-    "by use": "slots of a layer in proportion to what it is asked for",
+    "equal": "as many slots in every layer",
+    "use": "slots of a layer in proportion to what it is asked for",
     "global": "all layers share the slots",
 }
 

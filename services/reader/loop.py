@@ -123,15 +123,16 @@ class Reader:
             poller.register(source, zmq.POLLIN)
         while self._service.running():
             ready = dict(poller.poll(int(POLL_S * 1000)))
-            if self._release.socket in ready:
-                self._take_releases()
-            if self._fetch.socket in ready:
-                self._take_fetches()
+            # First what has landed: a demand that comes with it finds its prefetch there.
             if self._backend.fileno() in ready:
                 completions = self._backend.completed()
                 self._read_time.end(time.monotonic_ns(), len(completions))
                 for completion in completions:
                     self._finish(completion)
+            if self._release.socket in ready:
+                self._take_releases()
+            if self._fetch.socket in ready:
+                self._take_fetches()
             self._go_on()
 
     def _take_releases(self) -> None:

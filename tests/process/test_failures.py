@@ -34,7 +34,8 @@ def serve_command(store: Store, run_dir: Path) -> Iterator[subprocess.Popen[str]
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        assert process.stdout.readline().startswith("ready: ")
+        lines = iter(process.stdout.readline, "")
+        assert any(line.startswith("ready: ") for line in lines), "the plan, then one line"
         yield process
     finally:
         if process.poll() is None:

@@ -53,7 +53,7 @@ def random_trace(layers: int, neurons: int, tokens: int, seed: int) -> Trace:
     return trace_from_bits(bits, neurons, STRIDE_BYTES)
 
 
-def misses(trace: Trace, contender: Contender, slots: int, scope: str = "layer") -> int:
+def misses(trace: Trace, contender: Contender, slots: int, scope: str = "equal") -> int:
     """Of the whole trace, with `slots` in each layer."""
     share = slots / trace.neurons
     outcome = replay(trace, contender, scope, [share], warmup=0)[0]
@@ -148,7 +148,7 @@ def test_window_keeps_a_neuron_for_its_tokens_and_no_longer() -> None:
 
 def test_window_leaves_slots_unused() -> None:
     trace = make_trace([[{0}, {1}, {2}, {3}, {4}, {5}]], 8)
-    outcome = replay(trace, Contender("", Window(1)), "layer", [1.0], warmup=2)[0]
+    outcome = replay(trace, Contender("", Window(1)), "equal", [1.0], warmup=2)[0]
     assert outcome.held_share == 2 / 8  # this token's neuron and the last one's
 
 
@@ -207,7 +207,7 @@ def test_large_pools_do_what_small_ones_do(monkeypatch: pytest.MonkeyPatch) -> N
 def test_figures_of_an_example() -> None:
     # The first token is not counted. The second misses neuron 1, the third nothing.
     trace = make_trace([[{0}, {0, 1}, {1}], [set(), {3}, {3}]], 4)
-    outcome = replay(trace, Contender("mine", Window(None)), "layer", [0.5], warmup=1)[0]
+    outcome = replay(trace, Contender("mine", Window(None)), "equal", [0.5], warmup=1)[0]
     assert outcome.slots == 4
     assert outcome.misses_per_asked == 2 / 5
     assert outcome.bytes_per_token == 2 * STRIDE_BYTES / 2
@@ -224,7 +224,7 @@ def test_every_scope_has_as_many_slots(counts: list[int], neurons: int, share: f
     trace = Trace("fired", neurons, STRIDE_BYTES, np.zeros(1, np.int64), ids, firsts)
     sums = {sum(slots_per_pool(trace, scope, share)) for scope in SCOPES}
     assert len(sums) == 1
-    by_use = slots_per_pool(trace, "by use", share)
+    by_use = slots_per_pool(trace, "use", share)
     assert 1 <= min(by_use) <= max(by_use) <= neurons
     for a, slots in enumerate(by_use):
         for b, others in enumerate(by_use):
@@ -306,7 +306,7 @@ def test_a_damaged_trace_is_refused(
 
 def test_a_warm_up_of_everything_is_refused() -> None:
     with pytest.raises(TraceError, match="leaves none of the trace's 2"):
-        replay(make_trace([[{0}, {1}]], 4), OPTIMUM, "layer", [0.5], warmup=2)
+        replay(make_trace([[{0}, {1}]], 4), OPTIMUM, "equal", [0.5], warmup=2)
 
 
 def test_command(tmp_path: Path) -> None:
