@@ -27,6 +27,7 @@ RANKS = (8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 384, 512, 768, 1024)
 HELD_OUT_SHARE = 1 / 8  # of the windows: ranks, refinement and thresholds are judged on them
 HELD_OUT_TOKENS_MAX = 16_384
 BLOCK_TOKENS = 2048
+MOMENT_FLOPS_MAX = 5e12  # of the features' covariance: some 40 s on two cores
 SCORES_MAX = 1 << 24  # scores made at once
 REFINE_GAIN = 1.2  # a rank that names this many times the goal gets there by refinement: seen
 
@@ -90,7 +91,10 @@ class Samples:
         return self._recording.unpack(self._fired[tokens])
 
     def pairs(self) -> Iterator[Pair]:
-        for first in range(0, len(self.train), BLOCK_TOKENS):
+        """Training tokens for the moments: all, or as many as MOMENT_FLOPS_MAX allows."""
+        width = self._own.shape[1] * (1 if self._before is None else AHEAD_PARTS)
+        most = max(width, int(MOMENT_FLOPS_MAX / (2 * width**2)))
+        for first in range(0, min(len(self.train), most), BLOCK_TOKENS):
             tokens = self.train[first : first + BLOCK_TOKENS]
             yield self.features(tokens), self.inputs(tokens)
 
