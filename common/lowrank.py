@@ -44,8 +44,8 @@ AHEAD_PARTS = 3
 class Before:
     """What look-ahead for a layer starts from, float32 [hidden] each; a row of its features.
 
-    The token before has told what attention will add here more often than not: without it, look-
-    ahead has to name 1.3 to 3 times as many neurons for the same recall (docs/measurements.md).
+    The token before tells much of what attention will add: without it, look-ahead has to name 1.4
+    times as many neurons for the same recall (docs/measurements.md).
     """
 
     input: Floats  # FFN input of the layer before (of layer 0: the embedding), this token
@@ -120,10 +120,12 @@ def predictor_problem(store: Store) -> str:
 def named_shares(store: Store) -> list[float] | None:
     """Share of each layer's neurons that its predictor names for a token; None without a fit."""
     try:
-        layers = json.loads((store.path / REPORT).read_bytes())["layers"]
-        return [row["active"] * row["same"]["named_per_active"] for row in layers]
+        report = json.loads((store.path / REPORT).read_bytes())
+        shares = [row["active"] * row["same"]["named_per_active"] for row in report["layers"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    ours = report.get("store") == store.id and len(shares) == store.geometry.layers
+    return shares if ours else None
 
 
 def predictor_bytes(store: Store) -> int:

@@ -27,7 +27,7 @@ from common.config import Settings
 from common.errors import SettingError, UserError
 from common.evaluate import Counting, Evaluation, Found, Served, add_stats, demand_by_layer
 from common.launch import Server
-from common.learn.recording import BATCH_TOKENS
+from common.learn.recording import windows_per_pass
 from common.learn.windows import windows_of
 from common.lowrank import has_predictors, read_predictors
 from common.model.streamed import Bits, Ids, load_streamed, run
@@ -194,7 +194,7 @@ def run_dense(store: Store, ids: Ids, counting: Counting, tick: Tick) -> Found:
         tick(len(x) / passes)
 
     model = load_streamed(store, observe)
-    scores = list(run(model, ids, batch=max(1, BATCH_TOKENS // ids.shape[1])))
+    scores = list(run(model, ids, batch=windows_per_pass(store.geometry, ids.shape[1])))
     nll = torch.cat([score.nll for score in scores])
     top = torch.cat([score.top for score in scores])[:, :-1]  # what follows a window is unknown
     return Found(nll.numpy(), top.numpy())

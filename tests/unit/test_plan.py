@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from common import lowrank
 from common.config import Settings
 from common.errors import SettingError
+from common.lowrank import REPORT
 from common.plan import Plan, make_plan, resolve_predictor
+from common.store.store import Store
 from common.store.tensors import make_header
 from scripts.serve import main, plan_table
 
@@ -163,3 +166,24 @@ def test_the_table_names_every_line(store_of: Any) -> None:
     plan = make_plan(settings(store, cache="50%"), store)
     named = [line.split()[0] for line in plan_table(plan).splitlines()]
     assert named == [*plan.lines(), "memory"]
+
+
+def test_slots_follow_what_predictors_name(store_of: Any, tmp_path: Path) -> None:
+    store = Store.open(shutil.copytree(store_of("opt", "float32").path, tmp_path / "store"))
+    equal = make_plan(settings(store, cache="50%"), store)
+    assert len(set(equal.slots)) == 1
+    with pytest.raises(SettingError, match="inflash fit"):
+        make_plan(settings(store, cache="50%", slots="use"), store)
+    rows = [
+        {"active": 0.01 * (layer + 1), "same": {"named_per_active": 2.0}}
+        for layer in range(store.geometry.layers)
+    ]
+    report = {"store": store.id, "layers": rows}
+    (store.path / REPORT).write_text(json.dumps(report))
+    shared = make_plan(settings(store, cache="50%", predictor="exact"), store)
+    assert sum(shared.slots) == sum(equal.slots)
+    assert list(shared.slots) == sorted(shared.slots)
+    assert shared.slots[-1] > 2 * shared.slots[0]
+    assert shared.memory_bytes == equal.memory_bytes
+    (store.path / REPORT).write_text(json.dumps(report | {"store": "another"}))
+    assert make_plan(settings(store, cache="50%"), store).slots == equal.slots
