@@ -45,7 +45,8 @@ class Settings:
     memory: int | None = None  # bytes for everything; None: half of the machine's
     cache: str | None = None  # "25%" of the bundles, or a size; None: what memory leaves
     predictor: str = "auto"  # all, exact, lowrank; auto: lowrank where the store has it
-    policy: str = "decay"  # of the cache: window or decay (common/policy.py)
+    policy: str = "auto"  # of the cache (common/policy.py): decay, or window; auto: decay unless
+    # a window is given
     window: int | None = None  # tokens; None ("auto"): as large as the cache allows
     slots: str = "auto"  # equal: as many in each layer; use: by what a layer's predictor names;
     # global: all layers share all; auto: use where predictors are fitted, else equal
@@ -72,6 +73,11 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             values[key] = _PARSERS[key](text)
         except ValueError as error:
             raise SettingError(f"INFLASH_{key.upper()}: {error}") from None
+    if values.get("policy") == "decay" and values.get("window") is not None:
+        raise SettingError(
+            f"INFLASH_WINDOW: {given['window']}, but the policy is decay, which has no window:"
+            " choose the policy window, or leave one of the two out"
+        )
     return Settings(**values)
 
 
@@ -125,7 +131,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "memory": parse_size,
     "cache": _cache,
     "predictor": _one_of("auto", "all", "exact", "lowrank"),
-    "policy": _one_of("window", "decay"),
+    "policy": _one_of("auto", "window", "decay"),
     "window": _window,
     "slots": _one_of("auto", "equal", "use", "global"),
     "extras": _one_of("none", "ahead", "resident"),

@@ -69,8 +69,10 @@ class Decay:
 
 
 def make_policy(name: str, window: int | None) -> Policy:
-    """The policy of the settings `policy` and `window`."""
-    return Decay() if name == "decay" else Window(window)
+    """The policy of the settings `policy` (auto, decay, window) and `window`."""
+    if name == "decay" or (name == "auto" and window is None):
+        return Decay()
+    return Window(window)
 
 
 def evict(keys: Keys, held: npt.NDArray[np.bool_], floor: float, want: int) -> Slots:

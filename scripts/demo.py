@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -108,19 +109,21 @@ def generate(console: Console) -> list[Stats]:
 
 def figures(stats: list[Stats], store: Store) -> Table:
     """A row per prompt. Tokens after the first only: the first one's prompt streams all layers."""
-    table = Table(title=f"cache: {CACHE} of {store.geometry.ffn_bytes / 1e6:.1f} MB FFN weights")
+    ffn_bytes = store.geometry.ffn_bytes
+    title = f"cache: {CACHE} of {ffn_bytes / 1e6:.1f} MB FFN weights"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     table.add_column("prompt", no_wrap=True)
-    for heading in ("tokens/s", "hits", "late", "read a token", "of the FFN", "hidden"):
+    for heading in ("tokens/s", "hits", "late", "read/token", "of the FFN", "reads hidden"):
         table.add_column(heading, justify="right", no_wrap=True)
     for prompt, s in zip(PROMPTS, stats, strict=True):
         read = s.decode_bytes_per_token
         table.add_row(
-            repr(prompt)[:18] + "…" if len(repr(prompt)) > 18 else repr(prompt),
+            repr(prompt)[:16] + "…" if len(repr(prompt)) > 16 else repr(prompt),
             f"{s.tokens_per_s:.1f}",
             f"{s.decode_hit_rate:.1%}",
             f"{s.decode_late_share:.1%}",
-            f"{read / 1e3:,.0f} kB",
-            f"{read / store.geometry.ffn_bytes:.1%}",
+            f"{read / 1e6:.2f} MB",
+            f"{read / ffn_bytes:.1%}",
             f"{s.decode_hidden_share:.0%}",
         )
     return table

@@ -17,8 +17,8 @@ _OPTIONS = [
     ),
     click.option(
         "--policy",
-        type=click.Choice(["window", "decay"]),
-        help="Who leaves the cache. [default: decay]",
+        type=click.Choice(["auto", "window", "decay"]),
+        help="Who leaves the cache. [default: auto: decay unless a window is given]",
     ),
     click.option("--window", metavar="auto|K", help="Tokens a neuron stays. [default: auto]"),
     click.option(

@@ -145,7 +145,7 @@ def test_a_context_shorter_than_a_window_is_refused(made: Made, text: Path, tmp_
 
 def test_ctrl_c_leaves_nothing(made: Made, text: Path, tmp_path: Path, run_dir: Path) -> None:
     store = fit_by_hand(made.store("opt"), tmp_path / "store", exactly=False)
-    long = ["--tokens", "400", "--length", "400", "--decode-tokens", "400", "--context", "512"]
+    long = ["--tokens", "4000", "--length", "400", "--decode-tokens", "4000", "--context", "512"]
     process = subprocess.Popen(
         [*EVAL, str(store.path), "--text", str(text), *long],
         env=os.environ | {"TMPDIR": str(run_dir)},

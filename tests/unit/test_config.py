@@ -59,3 +59,8 @@ def test_an_error_names_its_key(key: str, value: str) -> None:
 def test_a_store_is_needed() -> None:
     with pytest.raises(SettingError, match="INFLASH_STORE: not set"):
         read_settings({})
+
+
+def test_a_window_without_its_policy_is_refused():
+    with pytest.raises(SettingError, match=r"INFLASH_WINDOW.*decay"):
+        read_settings({"INFLASH_STORE": "/s", "INFLASH_WINDOW": "5", "INFLASH_POLICY": "decay"})

@@ -85,6 +85,8 @@ def test_the_settings_choose():
     assert make_policy("decay", None) == Decay()
     assert make_policy("window", 7) == Window(7)
     assert make_policy("window", None) == Window(None)
+    assert make_policy("auto", None) == Decay()
+    assert make_policy("auto", 7) == Window(7)
 
 
 @given(
