@@ -113,7 +113,7 @@ def figures(stats: list[Stats], store: Store) -> Table:
     title = f"cache: {CACHE} of {ffn_bytes / 1e6:.1f} MB FFN weights"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     table.add_column("prompt", no_wrap=True)
-    for heading in ("tokens/s", "hits", "late", "read/token", "of the FFN", "reads hidden"):
+    for heading in ("tokens/s", "hits", "late", "read a token", "of FFN", "hidden"):
         table.add_column(heading, justify="right", no_wrap=True)
     for prompt, s in zip(PROMPTS, stats, strict=True):
         read = s.decode_bytes_per_token
