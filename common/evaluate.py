@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from common.lowrank import EMBEDDING, Factors, Floats, Kind
+from common.lowrank import EMBEDDING, Factors, Floats, Kind, ahead_features
 from inflash._messages import Stats
 
 Bools = npt.NDArray[np.bool_]
@@ -102,21 +102,14 @@ class Counting:
             bits = np.unpackbits(fired[window], axis=1, count=len(same.bias), bitorder="little")
             active = bits.view(np.bool_)
             self.same[layer] += count(active, name(same, own))
-            self.ahead[layer] += count(active[1:], name(ahead, ahead_features(before, own)))
+            features = ahead_features(before[1:], before[:-1], own[:-1])
+            self.ahead[layer] += count(active[1:], name(ahead, features))
 
 
 def name(factors: Factors, features: Floats) -> Bools:
     """[rows, neurons]: which neurons are named for each row of `features`."""
     named: Bools = factors.scores(features) > 0
     return named
-
-
-def ahead_features(before: Floats, own: Floats) -> Floats:
-    """float32 [tokens - 1, 3 × hidden] of a window, from its second token on: see `Before`.
-
-    `before` and `own` [tokens, hidden] are the inputs of the layer before and of the layer.
-    """
-    return np.concatenate([before[1:], before[:-1], own[:-1]], axis=1)
 
 
 def count(active: Bools, named: Bools) -> Count:

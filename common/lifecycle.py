@@ -23,7 +23,6 @@ from typing import Any, NoReturn
 
 import zmq
 
-from common.cgroup import is_limited
 from common.claim import claim
 from common.config import Settings, read_settings
 from common.errors import LinkError, SettingError, UserError
@@ -72,8 +71,7 @@ class Service:
 
     def ready(self, store_id: str) -> None:
         """Says Ready to the gateway: every receiving link is bound, the store is open."""
-        if is_limited():  # elsewhere these pages are of use to the next start
-            forget_imports()
+        forget_imports()
         self.log.info("ready", pid=os.getpid(), store_id=store_id)
         self._outgoing.put(Ready(self.name, os.getpid(), VERSION, store_id))
 

@@ -3,7 +3,7 @@
     STORE/predictors.safetensors      STORE/predictors.json: its report and digest
 
     layers.L.same.a    [r, hidden]         of the layer's own FFN input
-    layers.L.ahead.a   [r, 3 × hidden]     of what is known one layer before (see `Before`)
+    layers.L.ahead.a   [r, 3 × hidden]     of what is known one layer before: `ahead_features`
     layers.L.*.b       [neurons, r]
     layers.L.*.bias    [neurons]           the threshold is in it
 
@@ -18,7 +18,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -40,21 +40,20 @@ EMBEDDING = -1  # as a layer: what enters layer 0, from which layer 0 is looked 
 AHEAD_PARTS = 3
 
 
-@dataclass(frozen=True)
-class Before:
-    """What look-ahead for a layer starts from, float32 [hidden] each; a row of its features.
+def ahead_features(
+    now: npt.NDArray[Any], before: npt.NDArray[Any], own_before: npt.NDArray[Any]
+) -> Floats:
+    """What look-ahead for a layer starts from, of some tokens: float32 [tokens, 3 × hidden].
 
     The token before tells much of what attention will add: without it, look-ahead has to name 1.4
     times as many neurons for the same recall (docs/measurements.md).
+
+    Args:
+        now: [tokens, hidden], FFN input of the layer before (of layer 0: the embedding).
+        before: the same, of the token before each of them.
+        own_before: FFN input of the layer itself, of the token before each of them.
     """
-
-    input: Floats  # FFN input of the layer before (of layer 0: the embedding), this token
-    input_before: Floats  # the same, the token before
-    own_before: Floats  # FFN input of the layer itself, the token before
-
-    def features(self) -> Floats:
-        """float32 [1, 3 × hidden]."""
-        return np.concatenate([self.input, self.input_before, self.own_before])[None]
+    return np.concatenate([now, before, own_before], axis=1, dtype=np.float32)
 
 
 @dataclass(frozen=True)

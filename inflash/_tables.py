@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,13 +24,13 @@ def show(report: Report) -> None:
 
 def show_live(ask: Callable[[], Report]) -> None:
     """Shows the report of every second until Ctrl-C."""
-    with Live(tables(ask()), auto_refresh=False) as live:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Live(tables(ask()), auto_refresh=False) as live,
+    ):
         while True:
-            try:
-                time.sleep(1.0)
-                live.update(tables(ask()), refresh=True)
-            except KeyboardInterrupt:
-                return
+            time.sleep(1.0)
+            live.update(tables(ask()), refresh=True)
 
 
 def tables(report: Report) -> RenderableType:
@@ -66,8 +67,9 @@ def _facts(report: Report) -> Table:
     )
     parts = [f"{k.removesuffix('_bytes')} {_bytes(v)}" for k, v in plan.items() if _is_bytes(k)]
     table.add_row("plan", f"{', '.join(parts)}, context {plan.get('context', 0):,} tokens")
-    window = settings["window"] if settings["window"] is not None else "auto"
-    table.add_row("settings", f"predictor {settings['predictor']}, window {window}")
+    names = ("predictor", "policy", "window", "slots", "extras")
+    chosen = [f"{n} {'auto' if settings[n] is None else settings[n]}" for n in names]
+    table.add_row("settings", ", ".join(chosen))
     table.add_row(
         "queue",
         f"{queue['running']} running, {queue['waiting']} waiting (at most {queue['max']})",

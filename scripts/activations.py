@@ -23,6 +23,7 @@ from common.errors import UserError
 from common.learn.recording import Recording, record
 from common.learn.windows import windows_of
 from common.lowrank import Factors, read_predictors
+from common.outputs import check_output, sentences
 from common.replay import save_trace, trace_from_bits
 from common.store.store import Store
 
@@ -46,7 +47,9 @@ def main(
     """Run STORE's model over text and write what each token needed to TRACE, an .npz file."""
     logging.disable_progress_bar()
     try:
-        write(Store.open(store), trace, texts, tokens, length, names)
+        check_output(trace)
+        with sentences(f"recording {trace} stopped"):
+            write(Store.open(store), trace, texts, tokens, length, names)
     except UserError as error:
         _ERR.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,8 @@ from rich.table import Table
 
 from common.errors import UserError
 from common.launch import CHECKOUT, Server
-from common.lowrank import REPORT
+from common.learn.fitted import FOLDER
+from common.lowrank import FILES, REPORT
 from common.store.store import Store
 from inflash import Client, Stats
 from inflash._errors import InflashError
@@ -24,6 +26,7 @@ from scripts.demo_corpus import write_texts
 MODEL = CHECKOUT / "models" / "demo"
 WORK = CHECKOUT / ".demo"
 STORE = WORK / "store"
+FITTED = WORK / "fitted"  # what an earlier demo fitted, while the store is made anew
 CACHE = "25%"
 # A narrow model (hidden 256) needs ranks that are a large part of its width: --size allows them.
 FIT = ("--tokens", "40000", "--passes", "1.5", "--size", "110%")
@@ -61,12 +64,22 @@ def name(path: Path) -> str:
 
 
 def convert(console: Console) -> None:
-    """Makes the store, unless an earlier demo did."""
-    WORK.mkdir(exist_ok=True)
-    if STORE.exists():
-        console.print(f"[dim]{name(STORE)} is there from an earlier run[/]")
-        return
+    """Makes the store, each time: the model may have changed since an earlier demo.
+
+    What was fitted stays: `inflash fit` knows whether it is of this store, and else fits anew.
+    """
+    FITTED.mkdir(parents=True, exist_ok=True)
+    _move_fitted(STORE, FITTED)
+    shutil.rmtree(STORE, ignore_errors=True)
     run(console, "convert", name(MODEL), name(STORE))
+    _move_fitted(FITTED, STORE)
+    FITTED.rmdir()
+
+
+def _move_fitted(source: Path, target: Path) -> None:
+    for file in (*FILES, FOLDER):
+        if (source / file).exists():
+            (source / file).rename(target / file)
 
 
 def fit(console: Console) -> None:

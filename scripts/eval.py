@@ -31,6 +31,7 @@ from common.learn.recording import windows_per_pass
 from common.learn.windows import windows_of
 from common.lowrank import has_predictors, read_predictors
 from common.model.streamed import Bits, Ids, load_streamed, run
+from common.outputs import sentences
 from common.plan import make_plan
 from common.store.store import Store
 from inflash import Client, Stats
@@ -106,7 +107,8 @@ def main(
     """
     given = {key: value for key, value in options.items() if value is not None}
     try:
-        found = evaluate(store, texts, tokens, length, decode_tokens, given).as_object()
+        with sentences(f"the evaluation of {store} stopped"):
+            found = evaluate(store, texts, tokens, length, decode_tokens, given).as_object()
     except (UserError, InflashError) as error:
         _ERR.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
@@ -131,6 +133,7 @@ def evaluate(
     options: dict[str, str],
 ) -> Evaluation:
     """The whole evaluation; whatever can be refused is, before any work. `UserError`."""
+    tempfile.gettempdir()  # `OSError` where it cannot be written: the servers' sockets go there
     store = Store.open(path)
     if not has_predictors(store):
         raise UserError(f"the store {path} has no fitted predictors: run `inflash fit {path}`")

@@ -30,7 +30,8 @@ from common.learn.layer import Fit, Goal, Phase, fit_layer
 from common.learn.picture import draw_report
 from common.learn.recording import Recording, record, text_digest
 from common.learn.windows import windows_of
-from common.lowrank import PICTURE, REPORT, Kind, predictor_problem
+from common.lowrank import PICTURE, PREDICTORS, REPORT, Kind, predictor_problem
+from common.outputs import check_output, sentences
 from common.store.store import Store
 
 TEXT = ("README.md", "ARCHITECTURE.md", "docs", "inflash", "common", "services", "scripts", "tests")
@@ -190,8 +191,9 @@ def main(store: Path, texts: tuple[Path, ...], tokens: int, length: int, layers:
     torch.set_num_threads(threads or os.cpu_count() or 1)
     try:
         chosen = Options(**options)
-        report = fit(Store.open(store), texts, tokens, length, chosen, layers,
-                     work or store / FOLDER, keep_bytes, again)  # fmt: skip
+        with sentences(f"fitting {store} stopped", "run the same command again to go on"):
+            report = fit(Store.open(store), texts, tokens, length, chosen, layers,
+                         work or store / FOLDER, keep_bytes, again)  # fmt: skip
     except UserError as error:
         _ERR.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
@@ -221,10 +223,11 @@ def fit(store: Store, texts: Sequence[Path], tokens: int, length: int, options: 
     if not again and (report := _finished(store, mark)):
         _ERR.print("fitted already, with this text and these options (--again fits anew)")
         return report
+    check_output(store.path / PREDICTORS)
     wanted = range(first, last + 1)
     missing = [n for n in wanted if again or load_part(store, n, mark) is None]
     if missing:
-        _fit_layers(store, windows.ids, missing, options, work, keep_bytes, mark)
+        _fit_layers(store, windows.ids, wanted, missing, options, work, keep_bytes, mark)
     parts = [load_part(store, number, mark) for number in range(count)]
     found = [part for part in parts if part is not None]
     if len(found) < count:
@@ -258,17 +261,21 @@ def _finished(store: Store, mark: str) -> dict[str, Any] | None:
     return report if report.get("fingerprint") == mark else None
 
 
-def _fit_layers(store: Store, ids: np.ndarray[Any, Any], layers: Sequence[int], options: Options,
-                work: Path, keep_bytes: int, mark: str) -> None:  # fmt: skip
-    """Records and fits `layers`, one part after the other."""
+def _fit_layers(store: Store, ids: np.ndarray[Any, Any], wanted: Sequence[int],
+                missing: Sequence[int], options: Options, work: Path, keep_bytes: int,
+                mark: str) -> None:  # fmt: skip
+    """Fits the layers `missing` of those `wanted`, one part after the other.
+
+    Records all that are wanted: a fit that goes on finds the recording that it began with.
+    """
     with _bar() as bar:
         task = bar.add_task("running the model", total=ids.size)
         recording = record(
-            store, ids, work, layers=layers, keep_bytes=keep_bytes,
+            store, ids, work, layers=wanted, keep_bytes=keep_bytes,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
-        task = bar.add_task("fitting", total=len(layers) * len(KINDS))
-        for number in layers:
+        task = bar.add_task("fitting", total=len(missing) * len(KINDS))
+        for number in missing:
             fits: dict[Kind, Fit] = {}
             for kind in KINDS:
                 goal = options.goal(kind, store.geometry.layer_bytes)

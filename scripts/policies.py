@@ -2,7 +2,8 @@
 
 Thin: the format and the replay are common/replay.py, the policies are common/policy.py.
 
-Exit status: 0 done, 1 no trace or it could not be replayed, 2 wrong usage, 130 stopped by Ctrl-C.
+Exit status: 0 done, 1 no trace, or it could not be replayed or written, 2 wrong usage, 130 stopped
+by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import Any
 
 import click
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from common.errors import UserError
+from common.outputs import check_output, sentences
 from common.policy import NEVER_USED, Decay, Keys, Window
 from common.replay import (
     SCOPES,
@@ -124,21 +127,25 @@ def main(
     """Replay TRACE through every cache policy and the optimum, for several sizes of cache."""
     chosen = [c for c in CONTENDERS if not names or c is OPTIMUM or c.name in names]
     try:
-        figure = _import_figure() if plot else None
+        for output in filter(None, (as_json, plot)):
+            check_output(output)
         trace = load_trace(path)
         warmup = warmup_tokens(trace, chosen) if warmup is None else warmup
         outcomes = _replay_all(trace, chosen, scopes or SCOPES, shares, warmup)
+        _show(trace, outcomes, warmup)
+        if as_json:
+            report = json.dumps(_report(trace, outcomes, warmup), indent=1)
+            with sentences(f"{as_json} cannot be written"):
+                as_json.write_text(report, encoding="utf-8")
+        if plot:
+            with sentences(f"{plot} cannot be written"):
+                _draw(outcomes, plot)
     except UserError as error:
         _ERR.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         _ERR.print("stopped before the end: there are no figures")
         sys.exit(130)
-    _show(trace, outcomes, warmup)
-    if as_json:
-        as_json.write_text(json.dumps(_report(trace, outcomes, warmup), indent=1), encoding="utf-8")
-    if plot:
-        _draw(figure, outcomes, plot)
 
 
 def warmup_tokens(trace: Trace, contenders: Sequence[Contender]) -> int:
@@ -231,21 +238,10 @@ def _table(outcomes: Sequence[Outcome], cell: Callable[[Outcome], str]) -> Table
     return table
 
 
-def _import_figure() -> Any:
-    """matplotlib's Figure; it is asked for before the replay, which takes minutes."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "--plot needs matplotlib: pip install matplotlib, or leave it out"
-        ) from None
-    return Figure
-
-
-def _draw(figure: Any, outcomes: Sequence[Outcome], path: Path) -> None:
+def _draw(outcomes: Sequence[Outcome], path: Path) -> None:
     """A panel per scope: misses per asked neuron over the size of the cache."""
     scopes = list(dict.fromkeys(outcome.scope for outcome in outcomes))
-    page = figure(figsize=(5 * len(scopes), 4.5), layout="constrained")
+    page = Figure(figsize=(5 * len(scopes), 4.5), layout="constrained")
     panels = page.subplots(1, len(scopes), sharey=True, squeeze=False)[0]
     for panel, scope in zip(panels, scopes, strict=True):
         for policy in dict.fromkeys(outcome.policy for outcome in outcomes):

@@ -34,6 +34,12 @@ class Moments:
     cov_fy: torch.Tensor  # [d_f, d]
     cov_y: torch.Tensor  # [d, d]
 
+    @property
+    def finite(self) -> bool:
+        """Whether all that was summed is: a number that is not shows in its own variance."""
+        variances = (self.cov_f.diagonal(), self.cov_y.diagonal())
+        return all(bool(variance.isfinite().all()) for variance in variances)
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -130,4 +136,4 @@ def _root(cov: torch.Tensor) -> torch.Tensor:
             return root
         jittered.diagonal().add_(jitter)
         jitter *= 10
-    raise ValueError("the covariance of the FFN's inputs is not positive: are they finite?")
+    raise ValueError("the covariance of the FFN's inputs is not positive")

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from common.errors import UserError
 from common.learn.closed_form import Factors
 from common.learn.curve import GRID, Curve, choose_thresholds
 from common.learn.layer import Fit
@@ -148,7 +149,13 @@ def _tensors(layer: int, kind: Kind, factors: Factors) -> dict[str, torch.Tensor
 
 def _publish(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     partial = path.with_suffix(".tmp")
-    save_file(tensors, partial, metadata)
+    try:
+        save_file(tensors, partial, metadata)
+    except SafetensorError as error:  # no OSError: it has the system's words, and no number
+        raise UserError(
+            f"{path} cannot be written: {error}; see that the drive has room and may be written,"
+            " and run the same command again"
+        ) from None
     partial.chmod(0o644)  # safetensors lets only its owner read it
     with partial.open("rb") as file:
         os.fsync(file.fileno())

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.learn.closed_form import ClosedForm, Factors, Pair, moments
+from common.errors import UserError
+from common.learn.closed_form import ClosedForm, Factors, Moments, Pair, moments
 from common.learn.curve import Curve, curve_of
 from common.learn.recording import Recording
 from common.learn.refine import BATCH_TOKENS, refine
 from common.learn.windows import split
-from common.lowrank import AHEAD_PARTS, Kind
+from common.lowrank import AHEAD_PARTS, Kind, ahead_features
 from common.store.geometry import Geometry
 from common.store.store import Store
 
@@ -77,11 +78,11 @@ class Samples:
         return (windows[:, None] * self._recording.length + places).ravel()
 
     def features(self, tokens: npt.NDArray[np.int64]) -> torch.Tensor:
-        """float32 [tokens, d_f]: see common/lowrank.py, `Before`."""
+        """float32 [tokens, d_f]: of look-ahead, `ahead_features`."""
         if self._before is None:
             return self.inputs(tokens)
-        parts = [self._before[tokens], self._before[tokens - 1], self._own[tokens - 1]]
-        return torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.float32))
+        now, before = self._before[tokens], self._before[tokens - 1]
+        return torch.from_numpy(ahead_features(now, before, self._own[tokens - 1]))
 
     def inputs(self, tokens: npt.NDArray[np.int64]) -> torch.Tensor:
         """float32 [tokens, d]: the layer's FFN input."""
@@ -131,7 +132,11 @@ def fit_layer(
         none = np.zeros(store.geometry.neurons, np.float32)
         bias = torch.from_numpy(store.biases(layer).get(part, none))
         form = ClosedForm(
-            weight, bias, store.activation.threshold, moments(samples.pairs()), kind == "ahead"
+            weight,
+            bias,
+            store.activation.threshold,
+            _finite_moments(samples, store, layer, kind),
+            kind == "ahead",
         )
         del weight
         progress("closed form", 0.5)
@@ -155,6 +160,17 @@ def fit_layer(
     if _named_at_goal(after, goal) < _named_at_goal(curve, goal):
         return Fit(kind, len(refined.a), True, refined, after)
     return Fit(kind, len(start.a), False, start, curve)
+
+
+def _finite_moments(samples: Samples, store: Store, layer: int, kind: Kind) -> Moments:
+    found = moments(samples.pairs())
+    if not found.finite:
+        raise UserError(
+            f"layer {layer} of {store.path}, {kind}: FFN inputs are not finite for some of the"
+            f" text; run `inflash verify {store.path}`, and if nothing is bad there, leave out the"
+            " text that the model's numbers overflow on (--text)"
+        )
+    return found
 
 
 def _choose_rank(

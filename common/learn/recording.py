@@ -30,12 +30,12 @@ import numpy.typing as npt
 import torch
 
 from common.errors import UserError
+from common.lowrank import EMBEDDING
 from common.model.streamed import KEEP_BYTES, Bits, Ids, final_states, load_streamed
 from common.store.geometry import Geometry
 from common.store.partial import sync_folder
 from common.store.store import Store, forget_pages
 
-EMBEDDING = -1  # as a layer: what enters decoder layer 0
 META = "recording.json"
 LOCK = "recording.lock"
 BATCH_TOKENS = 4096  # in one forward pass: more would spare few reads, under long computing

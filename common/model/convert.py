@@ -7,13 +7,12 @@ manifest. Who shows the progress decides how: see `Report`.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +23,7 @@ from common.errors import StoreError
 from common.model.bundling import write_bundles
 from common.model.checkpoint import Checkpoint, open_checkpoint
 from common.model.layout import Layout, header_of, make_layout
+from common.outputs import sentences
 from common.store.manifest import (
     CONFIG_DIR,
     FileEntry,
@@ -112,16 +112,8 @@ def convert(src: Path, dst: Path, report: Report | None = None) -> Result:
         return _convert(src, dst, report or Silent())
 
 
-@contextlib.contextmanager
-def _sentences() -> Iterator[None]:
-    """What the operating system refuses (no room, no permission), as a sentence for the user."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = ": free some space and run the same command again to resume" if full else ""
-        where = f" ({error.filename})" if error.filename else ""
-        raise StoreError(f"conversion stopped: {error.strerror or error}{where}{hint}") from None
+def _sentences() -> AbstractContextManager[None]:
+    return sentences("conversion stopped", "run the same command again to resume", StoreError)
 
 
 def _prepare(src: Path) -> tuple[Checkpoint, Layout]:

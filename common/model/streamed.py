@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from common.errors import StoreError
+from common.lowrank import EMBEDDING
 from common.model.act import make_act
 from common.model.families import family_named
 from common.model.skeleton import build_skeleton, empty, fill, find_resident
@@ -32,7 +33,6 @@ BLOCK_BYTES = 32 << 20  # of bundles in one read; two lie in memory, and one as 
 KEEP_BYTES = 1 << 30  # of layers kept in memory
 _ROWS = 1024  # tokens multiplied at once: bounds the pre-activations of a block
 LOGITS_BYTES = 64 << 20  # of logits at once: a long text's would be gigabytes
-_EMBEDDING = -1  # as a layer: what enters decoder layer 0
 
 Bits = npt.NDArray[np.uint8]
 Ids = npt.NDArray[np.integer[Any]]
@@ -43,11 +43,6 @@ which neurons fired, uint8 [tokens, neurons / 8 rounded up]: neuron i is bit i %
 end) of byte i // 8, set where its pre-activation is above the activation's threshold. Layer -1 is
 what enters decoder layer 0, and has no bits. Tokens are in order, window after window. The
 tensor is the model's own: to be read, not changed."""
-
-Name = Callable[[int, torch.Tensor], torch.Tensor]
-"""Asked, once per layer and forward pass, for the neurons that count: the layer and the FFN's input
-float32 [tokens, hidden] in, bool [tokens, neurons] out. What fires and is not named adds nothing,
-as where a predictor misses it; observers still hear that it fired."""
 
 
 @dataclass
@@ -148,14 +143,7 @@ class Bundles:
 class StreamedFFN(nn.Module):
     """The FFN of one layer, in the place of the model's own. Its weights are in `bundles`."""
 
-    def __init__(
-        self,
-        layer: int,
-        store: Store,
-        bundles: Bundles,
-        observe: Observe | None = None,
-        name: Name | None = None,
-    ):
+    def __init__(self, layer: int, store: Store, bundles: Bundles, observe: Observe | None = None):
         super().__init__()
         self.layer = layer
         self.hidden, self.neurons = store.geometry.hidden, store.geometry.neurons
@@ -166,12 +154,10 @@ class StreamedFFN(nn.Module):
         self.biases = {p: torch.from_numpy(b) for p, b in store.biases(layer).items()}
         self.bundles = bundles
         self.observe = observe
-        self.name = name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The FFN's output for `x` [..., hidden], in x's shape and dtype; summed in float32."""
         rows = x.reshape(-1, self.hidden).float()
-        named = None if self.name is None else self.name(self.layer, rows)
         fired = None
         if self.observe is not None:
             fired = np.empty((len(rows), -(-self.neurons // 8)), np.uint8)
@@ -187,8 +173,6 @@ class StreamedFFN(nn.Module):
                     bits = np.packbits((z > self.threshold).numpy(), axis=1, bitorder="little")
                     fired[some, first // 8 : first // 8 + bits.shape[1]] = bits
                 h = self.act(z)
-                if named is not None:
-                    h *= named[some, neurons]
                 if len(self.parts) == 3:
                     h *= self._pre(1, rows[some], block, neurons)
                 out[some].addmm_(h, block[-1])
@@ -205,7 +189,6 @@ def load_streamed(
     store: Store,
     observe: Observe | None = None,
     *,
-    name: Name | None = None,
     keep_bytes: int = KEEP_BYTES,
     block_bytes: int = BLOCK_BYTES,
     layers: int | None = None,
@@ -214,7 +197,6 @@ def load_streamed(
 
     Args:
         observe: told each layer's FFN input and what fired.
-        name: asked which neurons count; None: all.
         keep_bytes: allowance for layers that stay in memory: first for resident tensors, in the
             compute dtype, then for bundles, as float32.
         block_bytes: of bundles in one read.
@@ -229,7 +211,7 @@ def load_streamed(
     bundles = Bundles(store, block_bytes, allowance)
     dtype: torch.dtype = getattr(torch, store.geometry.compute_dtype)
     model: Any = build_skeleton(
-        config, lambda i: StreamedFFN(i, store, bundles, observe, name), dtype, attention="sdpa"
+        config, lambda i: StreamedFFN(i, store, bundles, observe), dtype, attention="sdpa"
     )
     resident = find_resident(model, store.resident_paths()[: 1 + config.num_hidden_layers])
     _load_what_stays(model, resident, allowance)
@@ -267,7 +249,7 @@ def _fill_when_run(layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def _observe_embedding(model: Any, observe: Observe) -> None:
     def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = args[0] if args else named["hidden_states"]
-        observe(_EMBEDDING, x.flatten(0, -2).float(), None)
+        observe(EMBEDDING, x.flatten(0, -2).float(), None)
 
     layers = model.get_submodule(family_named(model.config.model_type).layers)
     layers[0].register_forward_pre_hook(before, with_kwargs=True)

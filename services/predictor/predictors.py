@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from common.lowrank import Before, Floats, Ids, read_predictors
+from common.lowrank import Floats, Ids, ahead_features, read_predictors
 from common.store.store import Store
 
 
@@ -100,7 +100,7 @@ class LowRank:
     def __init__(self, store: Store):
         factors = read_predictors(store)
         self._same, self._ahead = factors["same"], factors["ahead"]
-        self._latest: dict[int, Floats] = {}  # by layer: the newest token's input
+        self._latest: dict[int, Floats] = {}  # by layer: the newest token's input, [1, hidden]
 
     def name(self, layer: int, x: Floats) -> Ids:
         return self._same[layer].name(x)
@@ -109,10 +109,10 @@ class LowRank:
         before, own = self._latest.get(layer), self._latest.get(layer + 1)
         if before is None or own is None:  # the first token of a request, or the last layer
             return None
-        return self._ahead[layer + 1].name(Before(x, before, own).features())
+        return self._ahead[layer + 1].name(ahead_features(x[None], before, own))
 
     def remember(self, layer: int, x: Floats) -> None:
-        self._latest[layer] = x
+        self._latest[layer] = x[None]
 
     def forget(self) -> None:
         self._latest.clear()

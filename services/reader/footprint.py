@@ -27,6 +27,8 @@ class Footprint:
 
     def fit(self, now_s: float) -> tuple[int, int] | None:
         """Slots in use before and after, if memory asked for a change and there was one."""
+        if not self._pressure.due(now_s):  # first: the loop asks in every turn
+            return None
         before = self._slots()
         target = self._pressure.look(now_s, before * self._stride_bytes)
         if target is None:

@@ -111,11 +111,12 @@ class Pressure:
         self._groups = memory_groups(root)
         self._looked_s = float("-inf")
 
+    def due(self, now_s: float) -> bool:
+        """Whether it is time to look."""
+        return now_s - self._looked_s >= LOOK_EVERY_S
+
     def look(self, now_s: float, cache_bytes: int) -> int | None:
-        """The size that the cache, now `cache_bytes`, should have; None if it may stay as it is,
-        or it is not yet time to look."""
-        if now_s - self._looked_s < LOOK_EVERY_S:
-            return None
+        """The size that the cache, now `cache_bytes`, should have; None if it may stay as it is."""
         self._looked_s = now_s
         target = self._decider.decide(read_sources(self._groups, self._root), cache_bytes, now_s)
         return None if target == cache_bytes else target

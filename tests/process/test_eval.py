@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,18 @@ def test_a_context_shorter_than_a_window_is_refused(made: Made, text: Path, tmp_
     result = evaluate(store.path, text, "--context", "8")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "--context 8: a window has 16 tokens" in result.stderr
+
+
+def test_without_a_temporary_folder_it_is_refused(
+    made: Made, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    result = evaluate(made.store("opt").path, text)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "stopped: No usable temporary directory found in ['/tmp']; see" in result.stderr
 
 
 def test_ctrl_c_leaves_nothing(made: Made, text: Path, tmp_path: Path, run_dir: Path) -> None:

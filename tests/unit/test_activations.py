@@ -38,3 +38,11 @@ def test_what_predictors_name_needs_predictors(store_of: Any, tmp_path: Path) ->
     result = CliRunner().invoke(main, [*arguments, "--names", "named"])
     assert result.exit_code == 1
     assert "inflash fit" in result.output
+
+
+def test_where_the_trace_goes_is_looked_at_first(tmp_path: Path) -> None:
+    out = tmp_path / "nowhere" / "t.npz"
+    arguments = [str(tmp_path / "no-store"), str(out), "--text", str(tmp_path)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert f"error: {out} cannot be written: there is no folder {out.parent}" in result.stderr

@@ -21,7 +21,7 @@ from common.evaluate import (
     add_up,
     demand_by_layer,
 )
-from common.lowrank import AHEAD_PARTS, Before, Factors, Floats, Kind
+from common.lowrank import AHEAD_PARTS, Factors, Floats, Kind
 from inflash._messages import Stats
 
 LAYERS, NEURONS, HIDDEN, RANK = 3, 21, 6, 4  # 21: the last byte of bits is not full
@@ -63,7 +63,8 @@ class Text:
                 own, before = self.x[layer][window], self.x[layer - 1][window]
                 features = own[token][None]
                 if kind == "ahead":
-                    features = Before(before[token], before[token - 1], own[token - 1]).features()
+                    parts = [before[token], before[token - 1], own[token - 1]]
+                    features = np.concatenate(parts)[None]
                 ids = set(self.factors[kind][layer].name(features).tolist())
                 for neuron in range(NEURONS):
                     fires = bool(self.fired[layer, window, token, neuron])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from common.errors import StoreError
-from common.lowrank import PICTURE, PREDICTORS, REPORT, Before, predictor_bytes, read_predictors
+from common.errors import StoreError, UserError
+from common.learn import recording
+from common.learn.fitted import KINDS, save_part
+from common.learn.layer import Goal, fit_layer
+from common.learn.recording import record
+from common.learn.windows import windows_of
+from common.lowrank import PICTURE, PREDICTORS, REPORT, Kind, predictor_bytes, read_predictors
 from common.store.store import Store
 from scripts.fit import _ranges, main
 from scripts.verify import main as verify
-from services.predictor.predictors import PREDICTORS as KINDS
+from services.predictor.predictors import LowRank
 
 ARGUMENTS = ("--tokens", "1024", "--length", "64", "--passes", "0.5", "--threads", "1",
              "--size", "400%")  # fmt: skip
@@ -89,6 +95,60 @@ def test_layers_that_are_fitted_are_kept_and_others_added(store: Store, text: Pa
             np.testing.assert_allclose(ours.b, theirs.b, rtol=1e-2, atol=1e-3)
 
 
+def test_a_stopped_fit_goes_on_with_the_recording_that_it_has(
+    store: Store, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(saved_in: Store, layer: int, fits: Any, fingerprint: str) -> None:
+        if layer == 1:
+            raise KeyboardInterrupt
+        save_part(saved_in, layer, fits, fingerprint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scripts.fit.save_part", stop)
+        assert fit(store, text, "--passes", "0").exit_code == 130
+    assert (store.path / "fit" / "layer-000.safetensors").exists()
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model is run again")
+
+    monkeypatch.setattr(recording, "load_streamed", load)
+    assert fit(store, text, "--passes", "0").exit_code == 0
+    assert read_predictors(store)["same"]
+
+
+@pytest.mark.parametrize("name", ["fit/recording.lock", "fit/layer-000.tmp", PICTURE])
+def test_what_cannot_be_written_is_told(store: Store, text: Path, name: str) -> None:
+    (store.path / name).mkdir(parents=True)
+    result = fit(store, text, "--passes", "0")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert name.removesuffix(".tmp") in result.stderr
+    assert "run the same command again" in result.stderr
+
+
+def test_a_store_that_cannot_be_written_is_told_before_the_model_runs(
+    store: Store, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _: path != store.path)
+    result = fit(store, text, "--work", str(tmp_path / "work"))
+    assert result.exit_code == 1
+    assert f"error: {store.path / PREDICTORS} cannot be written" in result.stderr
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_that_are_not_finite_are_told(
+    store: Store, text: Path, tmp_path: Path, kind: Kind
+) -> None:
+    found = record(store, windows_of(store, [text], 256, 64).ids, tmp_path / "work")
+    x = np.memmap(found.folder / "x-001.bin", found.x_dtype, "r+", shape=(256, found.hidden))
+    x[70, 3] = np.nan
+    x.flush()
+    goal = Goal(0.9, 2.0, bytes_max=1 << 20)
+    with pytest.raises(UserError, match=f"layer 1 of .*{kind}: FFN inputs are not finite"):
+        fit_layer(store, found, 1, kind, goal, 0.0, lambda *_: None)
+
+
 def test_what_is_damaged_missing_or_of_another_store_is_refused(store: Store, text: Path) -> None:
     with pytest.raises(StoreError, match=r"no fitted predictors.*inflash fit"):
         read_predictors(store)
@@ -117,7 +177,7 @@ def test_what_is_damaged_missing_or_of_another_store_is_refused(store: Store, te
 def test_the_service_names_what_the_factors_name(store: Store, text: Path) -> None:
     assert fit(store, text, "--passes", "0").exit_code == 0
     factors = read_predictors(store)
-    predictor = KINDS["lowrank"](store)
+    predictor = LowRank(store)
     random = np.random.default_rng(1)
     before, now = random.normal(size=(2, store.geometry.layers + 1, store.geometry.hidden)).astype(
         np.float32
@@ -132,7 +192,7 @@ def test_the_service_names_what_the_factors_name(store: Store, text: Path) -> No
         if layer == layers[-1]:
             assert ahead is None
         else:
-            features = Before(now[layer], before[layer], before[layer + 1]).features()
+            features = np.concatenate([now[layer], before[layer], before[layer + 1]])[None]
             expected = factors["ahead"][layer + 1].name(features)
             assert ahead is not None
             assert ahead.tolist() == expected.tolist()

@@ -322,6 +322,33 @@ def test_command(tmp_path: Path) -> None:
     assert all(outcome["over_optimum"] >= 1 for outcome in report["outcomes"])
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_command_looks_where_it_will_write_first(option: str, tmp_path: Path) -> None:
+    out = tmp_path / "nowhere" / "x.png"
+    result = CliRunner().invoke(main, [str(tmp_path / "none.npz"), option, str(out)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {out} cannot be written: there is no folder")
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a full drive: Linux")
+def test_command_on_a_full_drive(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    save_trace(random_trace(2, 32, 40, seed=1), path)
+    options = ["--sizes", "25", "--policy", "decay 8", "--json", "/dev/full"]
+    result = CliRunner().invoke(main, [str(path), *options])
+    assert result.exit_code == 1
+    assert "decay 8" in result.stdout
+    assert "error: /dev/full cannot be written: No space left on device; free" in result.stderr
+
+
+def test_command_draws(tmp_path: Path) -> None:
+    path, plot = tmp_path / "x.npz", tmp_path / "x.png"
+    save_trace(random_trace(2, 32, 40, seed=1), path)
+    options = ["--sizes", "25,50", "--policy", "decay 8", "--plot", str(plot)]
+    assert CliRunner().invoke(main, [str(path), *options]).exit_code == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_command_says_what_is_wrong(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [str(tmp_path / "none.npz")])
     assert result.exit_code == 1

@@ -139,30 +139,6 @@ def test_observers_see_what_the_reference_computes(
         assert (bits == (z > threshold).numpy())[clear].all()
 
 
-@pytest.mark.parametrize(("variant", "down"), [("opt", "fc2"), ("llama-gqa", "mlp.down_proj")])
-def test_what_is_not_named_adds_nothing(made: Made, variant: str, down: str) -> None:
-    store = made.store(variant)
-    named = torch.arange(store.geometry.neurons) % 3 > 0
-    asked: list[int] = []
-
-    def name(layer: int, x: torch.Tensor) -> torch.Tensor:
-        asked.append(layer)
-        return named.expand(len(x), -1)
-
-    seen: dict[int, Bits | None] = {}
-    model = load_streamed(store, lambda i, x, fired: seen.update({i: fired}), name=name)
-    found = logits(model, windows())
-    reference = reference_of(made, variant)
-    layers: Any = reference.get_submodule(family_named(store.family).layers)
-    for layer in layers:
-        layer.get_submodule(down).weight[:, ~named] = 0.0
-    assert largest_difference(found, logits(reference, windows())) <= 1e-4
-    assert asked == [0, 1, 2]
-    assert seen[0] is not None
-    bits = np.unpackbits(seen[0], axis=1, bitorder="little")
-    assert bits[:, ::3].any(), "observers hear of what fired though it was not named"
-
-
 def test_the_first_layers_alone_see_the_same(made: Made) -> None:
     whole: dict[int, torch.Tensor] = {}
     part: dict[int, torch.Tensor] = {}
