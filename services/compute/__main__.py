@@ -2,6 +2,9 @@
 
 import os
 
+# Before torch's import. Threads that spin between products starve reader and predictor.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from common.lifecycle import run
 from services.compute.loop import serve
 

@@ -132,9 +132,6 @@ class ComputeLoop:
         self._step = next(self._steps)
         began_ns = time.monotonic_ns()
         self._pipeline.begin(request, self._step, lambda: self._is_aborted(request))
-        # oneDNN makes and keeps a kernel per number of rows, which a step of one token has as many
-        # of as there are context lengths and part sizes: gigabytes, and slower than without.
-        torch.backends.mkldnn.enabled = len(tokens) > 1  # type: ignore[assignment]
         output = self._model(
             input_ids=tokens[None],
             position_ids=torch.arange(position, position + len(tokens))[None],

@@ -13,6 +13,7 @@ from common.model.skeleton import build_skeleton, load_resident
 from common.store.store import Store
 from services.compute.attention import ATTENTION
 from services.compute.ffn import FlashFFN
+from services.compute.linear import multiply_rows
 from services.compute.pipeline import TORCH_DTYPES, Pipeline
 
 
@@ -27,6 +28,7 @@ def load_model(store: Store, pipeline: Pipeline) -> Any:
     dtype = TORCH_DTYPES[store.geometry.compute_dtype]
     model: nn.Module = build_skeleton(config, flash_ffn, dtype, attention=ATTENTION)
     load_resident(model, store.resident_paths())
+    multiply_rows(model)
 
     def tell(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden = args[0] if args else named["hidden_states"]

@@ -23,6 +23,7 @@ from common.messages import Attached, Cache, Drop, Predict, Release, Resident, U
 from common.segment import attach_segment, segment_path
 from common.store.geometry import Geometry
 from services.compute.failures import StepAbortedError, StepFailedError
+from services.compute.rows import CacheRows
 from services.compute.waits import LayerWaits
 
 TORCH_DTYPES = {
@@ -56,8 +57,8 @@ class Pipeline:
         self._request = self._step = 0
         self._aborted: Callable[[], bool] = lambda: False
         self.waits: list[LayerWaits] = []
-        self.cache = torch.empty(0)
-        """The whole cache, [slots, stride items], in the store's dtype; set by `attach`."""
+        self.rows: CacheRows
+        """The rows of the whole cache; set by `attach`."""
 
     def attach(self) -> None:
         """Waits for the reader's cache and maps it."""
@@ -81,7 +82,8 @@ class Pipeline:
     def _map(self, cache: Cache) -> None:
         region = attach_segment(Path(cache.path), cache.slots * cache.stride_bytes)
         flat = torch.frombuffer(region, dtype=TORCH_DTYPES[self._geometry.dtype])
-        self.cache = flat.view(cache.slots, -1)
+        dtype = TORCH_DTYPES[self._geometry.compute_dtype]
+        self.rows = CacheRows(flat.view(cache.slots, -1), self._geometry, dtype)
         self._release.send(Attached(os.getpid()))
 
     def begin(self, request: int, step: int, aborted: Callable[[], bool]) -> None:
@@ -166,7 +168,7 @@ class Pipeline:
             return False
         if not 0 <= message.prefetched + message.extra <= len(ids) // 4:
             return False
-        return _within(ids, self._geometry.neurons) and _within(slots, len(self.cache))
+        return _within(ids, self._geometry.neurons) and _within(slots, self._slots)
 
 
 def _within(raw: bytes | memoryview, bound: int) -> bool:

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from common.config import Settings
 from common.launch import CHECKOUT, Server
-from common.lowrank import AHEAD_PARTS, PREDICTORS, REPORT, Factors, Floats, Kind, tensor_name
+from common.lowrank import AHEAD_PARTS, PREDICTORS, REPORT, Floats, Kind, tensor_name
 from common.plan import make_plan
 from common.segment import segment_path
 from common.store.store import Store
@@ -36,18 +36,21 @@ LENGTH = 16
 DEADLINE_S = 60
 
 
-def everything(neurons: int, features: int) -> Factors:
-    """Names every neuron."""
-    zero = np.zeros((1, features), np.float32), np.zeros((neurons, 1), np.float32)
-    return Factors(*zero, np.ones(neurons, np.float32))
+def everything(neurons: int, features: int) -> dict[str, Floats]:
+    """Factors that name every neuron."""
+    zero = {"a": np.zeros((1, features), np.float32), "b": np.zeros((neurons, 1), np.float32)}
+    return zero | {"bias": np.ones(neurons, np.float32)}
 
 
-def rows_of(store: Store, layer: int) -> Factors:
-    """The layer's own rows: names what fires, and what is within rounding of it."""
+def rows_of(store: Store, layer: int) -> dict[str, Floats]:
+    """The layer's own rows as factors: they name what fires, and what is within rounding of it."""
     part = store.geometry.parts[0]
     bias = store.biases(layer).get(part, np.zeros(store.geometry.neurons, np.float32))
-    margin: Floats = bias - np.float32(store.activation.threshold) + np.float32(1e-4)
-    return Factors(np.eye(store.geometry.hidden, dtype=np.float32), store.rows(layer, part), margin)
+    rows, eye = store.rows(layer, part), np.eye(store.geometry.hidden, dtype=np.float32)
+    # int8 rows are off by up to a 254th of their largest value for each unit of |x|.
+    slack = np.abs(rows).max(axis=1) / 254 * store.geometry.hidden
+    margin: Floats = bias - np.float32(store.activation.threshold) + slack + np.float32(1e-4)
+    return {"a": eye, "b": rows, "bias": margin.astype(np.float32)}
 
 
 def fit_by_hand(store: Store, folder: Path, exactly: bool) -> Store:
@@ -58,9 +61,9 @@ def fit_by_hand(store: Store, folder: Path, exactly: bool) -> Store:
     for layer in range(geometry.layers):
         same = rows_of(store, layer) if exactly else everything(geometry.neurons, geometry.hidden)
         ahead = everything(geometry.neurons, AHEAD_PARTS * geometry.hidden)
-        kinds: dict[Kind, Factors] = {"same": same, "ahead": ahead}
+        kinds: dict[Kind, dict[str, Floats]] = {"same": same, "ahead": ahead}
         for kind, factors in kinds.items():
-            for field, values in vars(factors).items():
+            for field, values in factors.items():
                 tensors[tensor_name(layer, kind, field)] = values
     save_file(tensors, folder / PREDICTORS)
     digest = hashlib.sha256((folder / PREDICTORS).read_bytes()).hexdigest()
@@ -95,7 +98,7 @@ def test_predictors_that_lose_nothing(
     assert found["perplexity_dense_all"] != pytest.approx(dense, 1e-4), "of more text"
     assert (found["top1_agreement"], found["top1_agreement_exact"]) == (1.0, 1.0)
     assert found["recall"] == dict.fromkeys(found["recall"], 1.0)
-    assert found["named_per_active"]["same"] == pytest.approx(1.0, abs=0.01)
+    assert 1.0 <= found["named_per_active"]["same"] < 1.15, "int8 rows name a few too many"
     assert found["named_per_active"]["ahead"] > 1.5
     assert found["false_positives"]["ahead"] == 1.0
     layers = found["layers"]

@@ -30,7 +30,7 @@ WINDOWS, LENGTH = 5, 7
 
 def factors_of(rng: np.random.Generator, features: int) -> Factors:
     shapes = (RANK, features), (NEURONS, RANK), (NEURONS,)
-    return Factors(*(rng.standard_normal(shape, np.float32) for shape in shapes))
+    return Factors.of(*(rng.standard_normal(shape, np.float32) for shape in shapes))
 
 
 class Text:

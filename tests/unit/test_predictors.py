@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from common.limits import PREDICT_ROWS_MAX
+from common.lowrank import Int8Rows
 from common.messages import Predict
 from services.predictor.loop import input_of
 from services.predictor.predictors import PREDICTORS
@@ -61,3 +62,14 @@ def test_names_of_predictors_are_those_of_the_setting(tmp_path: Path) -> None:
 
     for name in PREDICTORS:
         read_settings({"INFLASH_STORE": str(tmp_path), "INFLASH_PREDICTOR": name})
+
+
+def test_int8_rows_multiply_as_what_they_stand_for() -> None:
+    rng = np.random.default_rng(2)
+    matrix = rng.standard_normal((50, 3000)).astype(np.float32)  # more values than one chunk has
+    matrix[7] = 0
+    rows = Int8Rows.of(matrix)
+    near = rows.values * rows.scales[:, None]
+    assert (np.abs(near - matrix).max(axis=1) <= np.abs(matrix).max(axis=1) / 253).all()
+    x = rng.standard_normal((3, 3000)).astype(np.float32)
+    np.testing.assert_allclose(rows.dot(x), x @ near.T, rtol=1e-3, atol=1e-3)
