@@ -47,10 +47,12 @@ class Settings:
     predictor: str = "auto"  # all, exact, lowrank; auto: lowrank where the store has it
     policy: str = "auto"  # of the cache (common/policy.py): decay, or window; auto: decay unless
     # a window is given
-    window: int | None = None  # tokens; None ("auto"): as large as the cache allows
+    window: int | None = None  # tokens; None ("auto"): as large as the cache allows; 0: nothing
+    # that a token used stays for the next
     slots: str = "auto"  # equal: as many in each layer; use: by what a layer's predictor names;
     # global: all layers share all; auto: use where predictors are fitted, else equal
     extras: str = "ahead"  # what is computed though not named: none, ahead or resident
+    lookahead: str = "on"  # off: nothing is read before its layer asks
     context: int = 2048  # tokens of prompt and answer, at most what the model can
     backend: str = "auto"  # how bundles are read: auto, aio or threads
     threads: int = 0  # of compute; 0: one less than there are cores, at least one
@@ -104,7 +106,7 @@ def _count(minimum: int) -> Callable[[str], int]:
 
 
 def _window(text: str) -> int | None:
-    return None if text == "auto" else _count(1)(text)
+    return None if text == "auto" else _count(0)(text)
 
 
 def _cache(text: str) -> str:
@@ -135,6 +137,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "window": _window,
     "slots": _one_of("auto", "equal", "use", "global"),
     "extras": _one_of("none", "ahead", "resident"),
+    "lookahead": _one_of("on", "off"),
     "context": _count(1),
     "backend": _one_of("auto", "aio", "threads"),
     "threads": _count(0),

@@ -38,7 +38,8 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """The paper's window (section 3.1): a neuron stays for `tokens` tokens after its last use.
+    """The paper's window (section 3.1): a neuron stays for `tokens` tokens after its last use; with
+    0 it is gone when the next token begins.
 
     None: as large as fits, the longest unused leaves when room is needed.
     """

@@ -32,6 +32,11 @@ _OPTIONS = [
         type=click.Choice(["none", "ahead", "resident"]),
         help="Neurons that are computed though not named. [default: ahead]",
     ),
+    click.option(
+        "--lookahead",
+        type=click.Choice(["on", "off"]),
+        help="Read for the next layer under this one's work. [default: on]",
+    ),
     click.option("--context", metavar="TOKENS", help="Prompt and answer. [default: 2048]"),
     click.option("--threads", metavar="N", help="Of compute. [default: cores less one]"),
     click.option("--backend", type=click.Choice(["auto", "aio", "threads"]), help="How to read."),

@@ -31,6 +31,7 @@ class PredictorLoop:
         self._service = service
         self._geometry = geometry
         self._predictor = predictor
+        self._looks_ahead = service.settings.lookahead == "on"
         self._inbox = service.receive_from("predict")
         self._outbox = service.send_to("fetch")
         self._whole_layer = np.arange(geometry.neurons, dtype=np.int32)
@@ -55,7 +56,7 @@ class PredictorLoop:
         if message.layer != EMBEDDING:
             ids = self._whole_layer if message.whole else self._predictor.name(message.layer, x)
             self._send(message, message.layer, False, ids)
-        if len(x) == 1 and not message.whole:
+        if self._looks_ahead and len(x) == 1 and not message.whole:
             # Of a block of tokens only the last has a token before it whose layers are known.
             ahead = self._predictor.look_ahead(message.layer, x[0])
             if ahead is not None:

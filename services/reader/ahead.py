@@ -3,8 +3,8 @@
 Pure. One prefetch of a layer:
 
     Fetch ──▶ what is resident: pinned, so that it stays
-         └──▶ what is absent: groups, read where no demand has anything to read; pinned
-                  │
+         └──▶ what is absent: claims slots, all at once; groups wait, and are read where no demand
+                  │           has anything to read
                   ▼
     the layer's demand, or its step is over: what is not begun is dropped, the pins are given up;
     what is on its way lands as a resident that nobody holds
@@ -15,6 +15,7 @@ holds, and marks no use. In a pool of all layers it leaves a share of the slots 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,7 @@ class Ahead:
     named: Ids  # ascending
     todo: Ids  # ascending; neither protected nor in a group
     protected: list[Slots] = field(default_factory=list)
+    waiting: deque[Group] = field(default_factory=deque)  # with slots, not begun
     groups: list[Group] = field(default_factory=list)  # begun, over or not
     over: bool = False  # its layer's demand has come, or its step is over
     wasted: int = 0  # of what was read, what that demand did not name; known when it is over
@@ -87,8 +89,15 @@ class Lookahead:
         """What can be read ahead now. Few groups are in flight, so that a demand that comes finds
         the drive free soon."""
         for ahead in self._aheads.values():
-            if len(ahead.todo) and len(self._in_flight) < PREFETCH_GROUPS_IN_FLIGHT_MAX:
-                yield from self._next_groups(ahead, now)
+            while len(self._in_flight) < PREFETCH_GROUPS_IN_FLIGHT_MAX:
+                if not ahead.waiting and not self._plan(ahead, now):
+                    break
+                group = ahead.waiting.popleft()
+                self._groups.begin(group)
+                ahead.groups.append(group)
+                self._in_flight[group.tag] = ahead
+                self.prefetched += len(group.ids)
+                yield group
 
     def land(self, group: Group) -> None:
         """All reads of a group are over and right."""
@@ -139,23 +148,22 @@ class Lookahead:
             ahead.todo, absent = ahead.todo[~resident], absent[~resident]
         return absent
 
-    def _next_groups(self, ahead: Ahead, now: int) -> list[Group]:
-        """The next neurons to read ahead; none if there is no slot for them, or all are on their
-        way."""
+    def _plan(self, ahead: Ahead, now: int) -> bool:
+        """Claims slots for what is absent, in one eviction, and makes the groups that wait; whether
+        there are any."""
+        if not len(ahead.todo):
+            return False
         absent = self._protect(ahead)  # other fetches may have brought some by now
         layer = ahead.fetch.layer
-        pool, size = self._pools[layer], self._group_size
-        count = size * (PREFETCH_GROUPS_IN_FLIGHT_MAX - len(self._in_flight))
-        places = np.flatnonzero(absent)[: min(count, self._allowance(pool))]
+        pool = self._pools[layer]
+        places = np.flatnonzero(absent)[: self._allowance(pool)]
         if not len(places):
-            return []
+            return False
         ids = ahead.todo[places]
         ahead.todo = np.delete(ahead.todo, places)
-        groups = self._groups.begin(ahead.fetch, ids, pool.claim(layer, ids, now), size)
-        ahead.groups += groups
-        self._in_flight |= {group.tag: ahead for group in groups}
-        self.prefetched += len(ids)
-        return groups
+        slots = pool.claim(layer, ids, now)
+        ahead.waiting.extend(self._groups.plan(ahead.fetch, ids, slots, self._group_size))
+        return True
 
     def _allowance(self, pool: Pool) -> int:
         """Slots that prefetches may still pin in a pool. In a layer's own pool the layer's demand
@@ -179,8 +187,12 @@ class Lookahead:
         del self._aheads[ahead.fetch.step, ahead.fetch.layer]
 
     def _let_go(self, ahead: Ahead) -> None:
-        self.dropped += len(ahead.todo)
+        pool = self._pools[ahead.fetch.layer]
+        self.dropped += len(ahead.todo) + sum(len(group.ids) for group in ahead.waiting)
         ahead.todo = ahead.todo[:0]
+        for group in ahead.waiting:
+            pool.fail(group.slots)
+        ahead.waiting.clear()
         for slots in ahead.protected:
-            self._pools[ahead.fetch.layer].unpin(slots)
+            pool.unpin(slots)
         ahead.protected.clear()

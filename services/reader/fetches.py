@@ -301,8 +301,10 @@ class Fetches:
         progress.todo = np.delete(progress.todo, places)
         slots = pool.claim(layer, ids, self._now)
         pool.use(layer, ids, self._now)
-        groups = self._groups.begin(progress.fetch, ids, slots, size)
-        self._read_for |= {group.tag: progress for group in groups}
+        groups = self._groups.plan(progress.fetch, ids, slots, size)
+        for group in groups:
+            self._groups.begin(group)
+            self._read_for[group.tag] = progress
         progress.in_flight += len(groups)
         return groups
 

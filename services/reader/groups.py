@@ -34,23 +34,26 @@ class Group:
 
 
 class Groups:
-    """The groups that are being read, by tag."""
+    """Makes groups, and knows by tag those that are being read."""
 
     def __init__(self, stride_bytes: int) -> None:
         self._stride_bytes = stride_bytes
         self._groups: dict[int, Group] = {}
         self._tag = 0
 
-    def begin(self, fetch: Fetch, ids: Ids, slots: Slots, size: int) -> list[Group]:
+    def plan(self, fetch: Fetch, ids: Ids, slots: Slots, size: int) -> list[Group]:
         """New groups, of at most `size`, that bring `ids`, ascending, into the claimed `slots`."""
-        begun = []
+        planned = []
         for first in range(0, len(ids), size):
             part = slice(first, first + size)
             reads = plan_reads(ids[part], slots[part], self._stride_bytes)
             self._tag += 1
-            group = self._groups[self._tag] = Group(self._tag, fetch, ids[part], reads)
-            begun.append(group)
-        return begun
+            planned.append(Group(self._tag, fetch, ids[part], reads))
+        return planned
+
+    def begin(self, group: Group) -> None:
+        """A group's reads begin."""
+        self._groups[group.tag] = group
 
     def end(self, tag: int) -> Group:
         return self._groups.pop(tag)

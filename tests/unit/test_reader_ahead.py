@@ -135,6 +135,11 @@ def test_little_is_read_ahead_at_once():
     dropped = 400 - 3 * PREFETCH_BUNDLES_MAX
     assert fetches.ahead.dropped == dropped, "what is not begun when its layer asks"
     assert begun(fetches) == []
+    for group in (groups[1], third):
+        fetches.land(group.tag, 0)
+    fetches.release(1, 1, 0)
+    assert fetches.pools[1].room() == 500, "its slots are free again"
+    assert fetches.pools[1].resident == 3 * PREFETCH_BUNDLES_MAX
 
 
 @SCOPES
