@@ -52,6 +52,7 @@ class Settings:
     slots: str = "auto"  # equal: as many in each layer; use: by what a layer's predictor names;
     # global: all layers share all; auto: use where predictors are fitted, else equal
     extras: str = "ahead"  # what is computed though not named: none, ahead or resident
+    bundling: str = "on"  # off: each part of a bundle is a read of its own, for comparison
     lookahead: str = "on"  # off: nothing is read before its layer asks
     context: int = 2048  # tokens of prompt and answer, at most what the model can
     backend: str = "auto"  # how bundles are read: auto, aio or threads
@@ -137,6 +138,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "window": _window,
     "slots": _one_of("auto", "equal", "use", "global"),
     "extras": _one_of("none", "ahead", "resident"),
+    "bundling": _one_of("on", "off"),
     "lookahead": _one_of("on", "off"),
     "context": _count(1),
     "backend": _one_of("auto", "aio", "threads"),

@@ -80,10 +80,16 @@ class Fetches:
     room: ask for `groups` after them, and after `take`."""
 
     def __init__(
-        self, geometry: Geometry, slots: Sequence[int], policy: Policy, scope: str, extras: str
+        self,
+        geometry: Geometry,
+        slots: Sequence[int],
+        policy: Policy,
+        scope: str,
+        extras: str,
+        bundling: str = "on",
     ) -> None:
-        """`slots` per layer, at least one each; `scope` (layer, global) and `extras` (none, ahead,
-        resident) are the settings `slots` and `extras`."""
+        """`slots` per layer, at least one each; `scope` (layer, global), `extras` (none, ahead,
+        resident) and `bundling` (on, off) are the settings `slots`, `extras`, `bundling`."""
         self.pools = make_pools(geometry.neurons, slots, policy, scope)  # by layer
         self.hits = self.misses = 0
         self.unknown_releases = self.late_fetches = self.late_prefetches = 0
@@ -94,7 +100,7 @@ class Fetches:
         self._steps: dict[int, int] = {}  # the latest, oldest first: the last layer demanded, or -1
         self._dropped: dict[int, int] = {}  # the latest, oldest first
         self._fetches: dict[tuple[int, int], Progress] = {}
-        self._groups = Groups(geometry.stride_bytes)
+        self._groups = Groups(geometry, bundling)
         self._read_for: dict[int, Progress] = {}  # by the tag of a demand's group
         self.ahead = Lookahead(geometry, self.pools, self._groups)
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from common.errors import SettingError
+from common.limits import ALIGN_BYTES
 from common.messages import Fetch
 from common.policy import Slots
+from common.store.geometry import Geometry
 from services.reader.cache import Ids
 from services.reader.reads import Reads, plan_reads
 
@@ -17,6 +22,7 @@ class Group:
     tag: int
     fetch: Fetch
     ids: Ids
+    slots: Slots  # of the whole cache, in the ids' order
     reads: Reads
 
     @property
@@ -24,20 +30,28 @@ class Group:
         return self.fetch.layer
 
     @property
-    def slots(self) -> Slots:
-        """Of the whole cache, in the ids' order."""
-        return self.reads.slots
-
-    @property
     def bytes_read(self) -> int:
-        return len(self.ids) * self.reads.stride_bytes
+        return len(self.reads.slots) * self.reads.stride_bytes
+
+    def neuron(self, read: int) -> int:
+        """The first neuron of a read."""
+        return int(self.ids[self.reads.firsts[read] % len(self.ids)])
 
 
 class Groups:
     """Makes groups, and knows by tag those that are being read."""
 
-    def __init__(self, stride_bytes: int) -> None:
-        self._stride_bytes = stride_bytes
+    def __init__(self, geometry: Geometry, bundling: str = "on") -> None:
+        """`bundling` is the setting; `SettingError` if these bundles cannot be read apart."""
+        self._stride_bytes = geometry.stride_bytes
+        # With bundling off, a bundle is as many reads as it has parts, as if they lay apart.
+        self._pieces = len(geometry.parts) if bundling == "off" else 1
+        if geometry.stride_bytes % (self._pieces * ALIGN_BYTES):
+            raise SettingError(
+                f"INFLASH_BUNDLING: off, but a part of a bundle has not a multiple of"
+                f" {ALIGN_BYTES:,} bytes ({geometry.stride_bytes:,} in {self._pieces}), so that it"
+                " cannot be read by itself"
+            )
         self._groups: dict[int, Group] = {}
         self._tag = 0
 
@@ -46,10 +60,21 @@ class Groups:
         planned = []
         for first in range(0, len(ids), size):
             part = slice(first, first + size)
-            reads = plan_reads(ids[part], slots[part], self._stride_bytes)
+            reads = self._reads(ids[part], slots[part])
             self._tag += 1
-            planned.append(Group(self._tag, fetch, ids[part], reads))
+            planned.append(Group(self._tag, fetch, ids[part], slots[part], reads))
         return planned
+
+    def _reads(self, ids: Ids, slots: Slots) -> Reads:
+        """The reads of bundles; or of all their first pieces, then of all their second ones: the
+        kernel would merge two neighbours that it is given together."""
+        count, size = self._pieces, self._stride_bytes // self._pieces
+        plans = [plan_reads(ids * count + i, slots * count + i, size) for i in range(count)]
+        if count == 1:
+            return plans[0]
+        offsets = np.concatenate([plan.offsets for plan in plans])
+        pieces = np.concatenate([plan.slots for plan in plans])
+        return Reads(offsets, np.arange(len(offsets) + 1), pieces, size)
 
     def begin(self, group: Group) -> None:
         """A group's reads begin."""

@@ -49,7 +49,7 @@ def serve(service: Service, store: Store) -> None:
                 "backend", name=backend.name, direct=backend.direct, reason=choice.reason
             )
             scope = "global" if settings.slots == "global" else "layer"
-            fetches = Fetches(geometry, slots, policy, scope, settings.extras)
+            fetches = Fetches(geometry, slots, policy, scope, settings.extras, settings.bundling)
             footprint = Footprint(fetches, plan, region, path)
             reader = Reader(service, store, fetches, footprint, backend, memory)
             reader.introduce(Cache(str(path), sum(slots), geometry.stride_bytes))
@@ -174,12 +174,12 @@ class Reader:
         self._reads += len(group.reads)
         self._bytes_read += group.bytes_read
         if completion.error:
-            first = group.reads.firsts[completion.failed]
-            reason = self._blame(group.layer, int(group.ids[first]), completion.error)
+            neuron = group.neuron(completion.failed)
+            reason = self._blame(group.layer, neuron, completion.error)
             self._fail(group, group.ids, reason)
             return
         began_ns = time.monotonic_ns()
-        wrong = self._verifier.wrong(group.layer, group.ids, group.reads.slots)
+        wrong = self._verifier.wrong(group.layer, group.ids, group.slots)
         now_ns = time.monotonic_ns()
         self._verify_ns += now_ns - began_ns
         if len(wrong):

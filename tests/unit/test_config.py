@@ -44,7 +44,7 @@ def test_defaults_and_given_values() -> None:
         ("INFLASH_CACHE", "101%"),
         ("INFLASH_CACHE", "some%"),
         ("INFLASH_PREDICTOR", "guess"),
-        ("INFLASH_WINDOW", "0"),
+        ("INFLASH_WINDOW", "-1"),
         ("INFLASH_CONTEXT", "-3"),
         ("INFLASH_BACKEND", "tape"),
         ("INFLASH_THREADS", "two"),

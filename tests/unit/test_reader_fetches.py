@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from common.errors import SettingError
 from common.limits import PART_BUNDLES_MIN, PARTS_IN_FLIGHT_MAX
 from common.messages import Fetch, Resident, Unreadable
 from common.policy import Window
@@ -271,3 +272,23 @@ def test_fetches_under_way_are_bounded(monkeypatch):
         fetches.take(fetch([9], step=9), 0)
     fetches.drop(0)
     fetches.take(fetch([9], step=9), 0)
+
+
+def test_without_bundling_every_part_of_a_bundle_is_a_read() -> None:
+    geometry = Geometry(layers=1, neurons=64, hidden=2048, gated=True, dtype="float16")
+    fetches = Fetches(geometry, (8,), Window(None), "layer", "none", "off")
+    fetches.take(Fetch(9, 1, 0, False, 5, np.array([3, 4, 9], "<i4").tobytes()), 0)
+    (group,) = fetches.groups(0)
+    assert isinstance(group, Group)
+    row = geometry.stride_bytes // 3
+    assert row == 4096
+    bundles = [3 * 3, 4 * 3, 9 * 3]
+    assert group.reads.offsets.tolist() == [(b + p) * row for p in range(3) for b in bundles]
+    assert group.reads.lengths.tolist() == [row] * 9, "neighbours are not merged"
+    pieces = [slot * 3 + p for p in range(3) for slot in group.slots.tolist()]
+    assert group.reads.slots.tolist() == pieces
+    assert group.bytes_read == 3 * geometry.stride_bytes
+    assert [group.neuron(read) for read in (0, 4, 8)] == [3, 4, 9]
+    narrow = Geometry(layers=1, neurons=64, hidden=64, gated=False, dtype="float16")
+    with pytest.raises(SettingError, match="INFLASH_BUNDLING"):
+        Fetches(narrow, (8,), Window(None), "layer", "none", "off")
