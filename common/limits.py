@@ -20,6 +20,7 @@ PART_BYTES_MAX = 8 << 20  # of a streamed layer: one part is multiplied while th
 PARTS_IN_FLIGHT_MAX = 4  # of one fetch
 PREFETCH_BUNDLES_MAX = 64  # of one group that is read ahead of need
 PREFETCH_GROUPS_IN_FLIGHT_MAX = 2  # one is being read while the other is taken up
+PREFETCH_GROUPS_WAITING_MAX = 4  # with slots of their own: emptied, and perhaps for nothing
 FETCHES_MAX = 1024  # under way, or with a part not released
 STEPS_KEPT = 64  # step numbers by which a new step is told from one that goes on
 PROBE_S = 5.0  # longest wait for the bundle by which a backend is probed

@@ -114,6 +114,12 @@ class Factors:
         """Ascending ids of the neurons named for any of the rows [rows, features]."""
         return np.flatnonzero(self.scores(features).max(axis=0) > 0).astype(np.int32)
 
+    def rank(self, features: Floats) -> Ids:
+        """Ids of the neurons named for the one row [1, features], the surest first."""
+        scores = self.scores(features)[0]
+        named = np.flatnonzero(scores > 0).astype(np.int32)
+        return named[np.argsort(-scores[named], kind="stable")]
+
 
 def tensor_name(layer: int, kind: Kind, field: str) -> str:
     return f"layers.{layer}.{kind}.{field}"

@@ -103,7 +103,7 @@ class Fetch:
     layer: int
     prefetch: bool
     named_ns: int  # when the predictor had named them
-    ids: Raw  # int32 neuron ids, ascending
+    ids: Raw  # int32 neuron ids, ascending; of a prefetch the surest first
 
 
 # reader → compute

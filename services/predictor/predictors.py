@@ -24,7 +24,7 @@ class Predictor(Protocol):
         """Ascending ids of the neurons that may fire for any row of `x` [rows, hidden]."""
 
     def look_ahead(self, layer: int, x: Floats) -> Ids | None:
-        """Ascending ids of the neurons of the layer after `layer` that will probably fire.
+        """Ids of the neurons of the layer after `layer` that will probably fire, the surest first.
 
         `x` [hidden] is the input of `layer` (-1: the embedding) for the newest token. None: there
         is no layer after it, or nothing can be said.
@@ -109,7 +109,7 @@ class LowRank:
         before, own = self._latest.get(layer), self._latest.get(layer + 1)
         if before is None or own is None:  # the first token of a request, or the last layer
             return None
-        return self._ahead[layer + 1].name(ahead_features(x[None], before, own))
+        return self._ahead[layer + 1].rank(ahead_features(x[None], before, own))
 
     def remember(self, layer: int, x: Floats) -> None:
         self._latest[layer] = x[None]

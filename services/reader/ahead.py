@@ -3,8 +3,8 @@
 Pure. One prefetch of a layer:
 
     Fetch ──▶ what is resident: pinned, so that it stays
-         └──▶ what is absent: claims slots, all at once; groups wait, and are read where no demand
-                  │           has anything to read
+         └──▶ what is absent: claims slots, some groups at once; they wait, and are read, the
+                  │           surest neurons first, where no demand has anything to read
                   ▼
     the layer's demand, or its step is over: what is not begun is dropped, the pins are given up;
     what is on its way lands as a resident that nobody holds
@@ -27,6 +27,7 @@ from common.limits import (
     PART_BYTES_MAX,
     PREFETCH_BUNDLES_MAX,
     PREFETCH_GROUPS_IN_FLIGHT_MAX,
+    PREFETCH_GROUPS_WAITING_MAX,
 )
 from common.messages import Fetch
 from common.policy import Slots
@@ -42,8 +43,8 @@ class Ahead:
     """How far one prefetch is."""
 
     fetch: Fetch
-    named: Ids  # ascending
-    todo: Ids  # ascending; neither protected nor in a group
+    named: Ids  # the surest first
+    todo: Ids  # in the same order; neither protected nor in a group
     protected: list[Slots] = field(default_factory=list)
     waiting: deque[Group] = field(default_factory=deque)  # with slots, not begun
     groups: list[Group] = field(default_factory=list)  # begun, over or not
@@ -149,14 +150,15 @@ class Lookahead:
         return absent
 
     def _plan(self, ahead: Ahead, now: int) -> bool:
-        """Claims slots for what is absent, in one eviction, and makes the groups that wait; whether
-        there are any."""
+        """Claims slots for what is absent, in one eviction for some groups, and makes those groups,
+        which wait; whether there are any."""
         if not len(ahead.todo):
             return False
         absent = self._protect(ahead)  # other fetches may have brought some by now
         layer = ahead.fetch.layer
         pool = self._pools[layer]
-        places = np.flatnonzero(absent)[: self._allowance(pool)]
+        count = min(PREFETCH_GROUPS_WAITING_MAX * self._group_size, self._allowance(pool))
+        places = np.flatnonzero(absent)[:count]
         if not len(places):
             return False
         ids = ahead.todo[places]

@@ -202,9 +202,13 @@ class Fetches:
         if len(fetch.ids) % 4 or len(fetch.ids) > 4 * neurons:
             raise BadFetchError(f"{len(fetch.ids)} bytes of ids")
         ids = np.frombuffer(fetch.ids, "<i4")
-        if len(ids) and not (ids[0] >= 0 and ids[-1] < neurons and (ids[1:] > ids[:-1]).all()):
-            raise BadFetchError(f"ids do not ascend within {neurons} neurons")
         ahead = fetch.prefetch
+        if len(ids) and not (0 <= ids.min() and ids.max() < neurons):
+            raise BadFetchError(f"ids are not within {neurons} neurons")
+        if ahead and not _differ(ids, neurons):
+            raise BadFetchError("an id is there twice")
+        if not ahead and not (ids[1:] > ids[:-1]).all():
+            raise BadFetchError("ids do not ascend")
         known = self.ahead.knows if ahead else self._knows
         if known(fetch.step, fetch.layer):
             raise BadFetchError(f"layer {fetch.layer} of step {fetch.step} is under way")
@@ -374,6 +378,12 @@ class Fetches:
     def _forget_if_done(self, progress: Progress) -> None:
         if progress.done:
             del self._fetches[progress.fetch.step, progress.fetch.layer]
+
+
+def _differ(ids: Ids, neurons: int) -> bool:
+    table = np.zeros(neurons, np.bool_)
+    table[ids] = True
+    return int(np.count_nonzero(table)) == len(ids)
 
 
 def _remember(latest: dict[int, int], step: int, value: int, count_max: int) -> None:

@@ -56,13 +56,14 @@ class Groups:
         self._tag = 0
 
     def plan(self, fetch: Fetch, ids: Ids, slots: Slots, size: int) -> list[Group]:
-        """New groups, of at most `size`, that bring `ids`, ascending, into the claimed `slots`."""
+        """New groups, of at most `size`, that bring `ids`, in the order of need, into the claimed
+        `slots`."""
         planned = []
         for first in range(0, len(ids), size):
-            part = slice(first, first + size)
-            reads = self._reads(ids[part], slots[part])
+            order = np.argsort(ids[first : first + size], kind="stable") + first
+            reads = self._reads(ids[order], slots[order])
             self._tag += 1
-            planned.append(Group(self._tag, fetch, ids[part], slots[part], reads))
+            planned.append(Group(self._tag, fetch, ids[order], slots[order], reads))
         return planned
 
     def _reads(self, ids: Ids, slots: Slots) -> Reads:

@@ -142,6 +142,20 @@ def test_little_is_read_ahead_at_once():
     assert fetches.pools[1].resident == 3 * PREFETCH_BUNDLES_MAX
 
 
+def test_the_surest_are_read_first():
+    fetches = reader(500)
+    order = np.random.default_rng(0).permutation(400)
+    prefetch(fetches, order)
+    for group in begun(fetches):
+        first = (group.tag - 1) * PREFETCH_BUNDLES_MAX
+        assert set(group.ids) == set(order[first : first + PREFETCH_BUNDLES_MAX])
+        assert (np.diff(group.ids) > 0).all(), "within a group, so that neighbours are one read"
+        rows = dict(zip(group.ids.tolist(), group.slots.tolist(), strict=True))
+        assert {n: int(fetches.pools[1].slot_of[n]) for n in rows} == {
+            n: slot - 500 for n, slot in rows.items()
+        }
+
+
 @SCOPES
 def test_what_is_protected_stays(scope: str):
     fetches = reader(50, scope)
