@@ -203,7 +203,7 @@ class Fetches:
             raise BadFetchError(f"{len(fetch.ids)} bytes of ids")
         ids = np.frombuffer(fetch.ids, "<i4")
         ahead = fetch.prefetch
-        if len(ids) and not (0 <= ids.min() and ids.max() < neurons):
+        if len(ids) and not (ids.min() >= 0 and ids.max() < neurons):
             raise BadFetchError(f"ids are not within {neurons} neurons")
         if ahead and not _differ(ids, neurons):
             raise BadFetchError("an id is there twice")
