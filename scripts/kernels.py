@@ -1,63 +1,109 @@
-"""How fast the pieces of a decode step's FFN run here: the reason why ffn.py gathers rows first.
+"""How fast the pieces of a decode step run here, each way beside the way that compute takes.
 
-Times, on bundles as they lie in the cache, ways to multiply 400 neurons for one token. Prints
-microseconds (medians) and ratios to the first way.
+Times, for one token and in turn, ways to multiply a resident matrix, bundles as they lie in the
+cache, and keys and values. Prints microseconds (medians) and ratios to the way that is taken.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import click
 import torch
 import torch.nn.functional as F
 
-SLOTS, ACTIVE, TURNS, REPEATS = 2000, 400, 9, 10
+from common.store.geometry import Geometry
+from services.compute.attention import attend
+from services.compute.rows import CacheRows
+
+SLOTS, NAMED, FIRED, TURNS = 2000, 1600, 500, 9
+HEADS, WIDTH = 32, 128
+RESIDENT = 8  # matrices in turn: more than the caches of a core hold
+
+Ways = Mapping[str, Callable[[], object]]
 
 
 @click.command()
 @click.option("--hidden", default=4096, show_default=True, help="Length of a row.")
 @click.option("--threads", default=1, show_default=True)
-def main(hidden: int, threads: int) -> None:
-    """Time the ways to weight and sum down columns, and the up side beside them."""
+@click.option("--tokens", default=500, show_default=True, help="Of context, for attention.")
+def main(hidden: int, threads: int, tokens: int) -> None:
+    """Time the ways to make a decode step's products; the first of each kind is the one taken."""
     torch.set_num_threads(threads)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        measure(dtype, hidden)
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.float16):
+            for kind in (
+                resident(dtype, hidden),
+                *bundles(dtype, hidden),
+                attention(dtype, tokens),
+            ):
+                show(dtype, kind)
 
 
-def measure(dtype: torch.dtype, hidden: int) -> None:
-    cache = torch.randn(SLOTS, 2 * hidden).to(dtype)
-    up, down = cache[:, :hidden], cache[:, hidden:]
-    x, h = torch.randn(hidden).to(dtype), torch.randn(ACTIVE).to(dtype)
-    slots, every = torch.randperm(SLOTS)[:ACTIVE], torch.arange(ACTIVE)
-    start = torch.zeros(1, dtype=torch.int64)
-
-    def bag(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return F.embedding_bag(index, rows, start, mode="sum", per_sample_weights=h)
-
-    ways = {
-        "down: gather, then embedding_bag": lambda: bag(down.index_select(0, slots), every),
-        "down: embedding_bag in place": lambda: bag(down, slots),
-        "down: gather, then vector @ matrix": lambda: h @ down.index_select(0, slots),
-        "up: gather, then mv": lambda: torch.mv(up.index_select(0, slots), x),
+def resident(dtype: torch.dtype, hidden: int) -> Ways:
+    matrices = [torch.randn(hidden, hidden).to(dtype) for _ in range(RESIDENT)]
+    x = torch.randn(hidden).to(dtype)
+    return {
+        "resident: mv": lambda: [torch.mv(m, x) for m in matrices],
+        "resident: linear": lambda: [F.linear(x[None], m) for m in matrices],
     }
-    times = {name: medians(way) for name, way in ways.items()}
+
+
+def bundles(dtype: torch.dtype, hidden: int) -> list[Ways]:
+    """Of the up side and of the down side."""
+    name = str(dtype).removeprefix("torch.")
+    geometry = Geometry(layers=1, neurons=SLOTS, hidden=hidden, gated=False, dtype=name)
+    cache = torch.randn(SLOTS, geometry.stride_bytes // geometry.item_bytes).to(dtype)
+    rows = CacheRows(cache, geometry, dtype)
+    up, down = cache[:, :hidden], cache[:, hidden : 2 * hidden]
+    x, h = torch.randn(hidden).to(dtype), torch.randn(FIRED)
+    named, fired = (torch.randperm(SLOTS)[:count].sort().values for count in (NAMED, FIRED))
+    every, start = torch.arange(FIRED), torch.zeros(1, dtype=torch.int64)
+
+    def bag(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return F.embedding_bag(index, matrix, start, mode="sum", per_sample_weights=h.to(dtype))
+
+    return [
+        {
+            f"up, {NAMED} rows: gathered in chunks, mv": lambda: rows.dot("up", named, x),
+            "up: gathered at once, mv": lambda: torch.mv(up.index_select(0, named), x),
+        },
+        {
+            f"down, {FIRED} rows: embedding_bag of the matrix": lambda: rows.sum("down", fired, h),
+            "down: gathered, embedding_bag": lambda: bag(down.index_select(0, fired), every),
+            "down: embedding_bag of a slice": lambda: bag(down, fired),
+            "down: gathered, vector @ matrix": lambda: h.to(dtype) @ down.index_select(0, fired),
+        },
+    ]
+
+
+def attention(dtype: torch.dtype, tokens: int) -> Ways:
+    key, value = (torch.randn(1, HEADS, -(-tokens // 64) * 64, WIDTH).to(dtype) for _ in "kv")
+    query = torch.randn(1, HEADS, 1, WIDTH).to(dtype)
+    key, value = key[:, :, :tokens], value[:, :, :tokens]
+    return {
+        f"attention, {tokens} tokens: as compute does": lambda: attend(
+            torch.nn.Identity(), query, key, value, None
+        ),
+        "attention: scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(
+            query, key, value
+        ),
+    }
+
+
+def show(dtype: torch.dtype, ways: Ways) -> None:
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(TURNS):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            found[name].append((time.perf_counter() - began) * 1e6)
+    times = {name: statistics.median(each) for name, each in found.items()}
     first = next(iter(times.values()))
     for name, us in times.items():
-        print(f"{str(dtype)[6:]:9} {name:36} {us:8.0f} µs  {us / first:5.2f}×")
-
-
-def medians(way: Callable[[], object]) -> float:
-    """Median microseconds of a call."""
-    found = []
-    for _ in range(TURNS):
-        began = time.perf_counter()
-        for _ in range(REPEATS):
-            way()
-        found.append((time.perf_counter() - began) / REPEATS * 1e6)
-    return statistics.median(found)
+        print(f"{str(dtype)[6:]:9} {name:48} {us:8.0f} µs  {us / first:5.2f}×")
 
 
 if __name__ == "__main__":
