@@ -107,4 +107,4 @@ def show(dtype: torch.dtype, ways: Ways) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m scripts.kernels")
+    main(prog_name="python -m services.compute.measure")

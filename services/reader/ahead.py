@@ -34,6 +34,7 @@ from common.policy import Slots
 from common.store.geometry import Geometry
 from services.reader.cache import Ids, Pool, among
 from services.reader.groups import Group, Groups
+from services.reader.useful import Usefulness
 
 DEMAND_SHARE = 4  # of a pool of all layers, one slot in so many is never a prefetch's
 
@@ -72,6 +73,7 @@ class Lookahead:
         self._group_size = max(
             1, min(PREFETCH_BUNDLES_MAX, PART_BYTES_MAX // geometry.stride_bytes)
         )
+        self._useful = Usefulness(geometry.layers)
         self._aheads: dict[tuple[int, int], Ahead] = {}
         self._in_flight: dict[int, Ahead] = {}  # by the tag of the group
 
@@ -82,9 +84,12 @@ class Lookahead:
         return (step, layer) in self._aheads
 
     def take(self, fetch: Fetch, ids: Ids) -> None:
-        """Takes a prefetch of `ids` up: protects what is resident, the rest is to be read."""
+        """Takes a prefetch of `ids` up: protects what is resident; of the rest is to be read what
+        is worth it."""
         ahead = self._aheads[fetch.step, fetch.layer] = Ahead(fetch, ids, ids)
         self._protect(ahead)
+        worth = ids[: self._useful.worth(fetch.layer, len(ids))]
+        ahead.todo = ahead.todo[among(ahead.todo, worth, self._neurons)]
 
     def groups(self, now: int) -> Iterator[Group]:
         """What can be read ahead now. Few groups are in flight, so that a demand that comes finds
@@ -118,6 +123,7 @@ class Lookahead:
         found = None
         for key, ahead in list(self._aheads.items()):
             if key == (step, layer):
+                self._learn(ahead, demanded)
                 self._end(ahead, demanded)
                 found = ahead
             elif key[0] != step or key[1] < layer:
@@ -180,6 +186,13 @@ class Lookahead:
             pool.unpin(slots)
         else:
             ahead.protected.append(slots)
+
+    def _learn(self, ahead: Ahead, demanded: Ids) -> None:
+        if len(read := ahead.read):
+            place = np.zeros(self._neurons, np.int64)
+            place[ahead.named] = np.arange(len(ahead.named))
+            used = among(read, demanded, self._neurons)
+            self._useful.learn(ahead.fetch.layer, place[read], len(ahead.named), used)
 
     def _end(self, ahead: Ahead, demanded: Ids) -> None:
         ahead.over = True
