@@ -58,18 +58,38 @@ class _Bar:
 @click.command()
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--placement",
+    metavar="TRACE",
+    type=click.Path(path_type=Path),
+    help="Put neurons side by side that this trace (python -m scripts.activations) asks for"
+    " together: fewer, larger reads.",
+)
+@click.option(
+    "--predictors",
+    metavar="STORE",
+    type=click.Path(path_type=Path),
+    help="Take along what `inflash fit` made in this other store of the same checkpoint.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="The plan or the result as JSON on stdout.")
-def main(src: Path, dst: Path, dry_run: bool, as_json: bool) -> None:
+def main(
+    src: Path,
+    dst: Path,
+    placement: Path | None,
+    predictors: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Convert the Hugging Face checkpoint SRC into the store DST.
 
     Stopped at any moment, it goes on where it was when run again.
     """
     try:
         if dry_run:
-            _show_plan(plan_conversion(src, dst), dst, as_json)
+            _show_plan(plan_conversion(src, dst, placement, predictors), dst, as_json)
         else:
-            _convert(src, dst, as_json)
+            _convert(src, dst, placement, predictors, as_json)
     except UserError as error:
         _ERR.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
@@ -79,10 +99,12 @@ def main(src: Path, dst: Path, dry_run: bool, as_json: bool) -> None:
         sys.exit(130)
 
 
-def _convert(src: Path, dst: Path, as_json: bool) -> None:
+def _convert(
+    src: Path, dst: Path, placement: Path | None, predictors: Path | None, as_json: bool
+) -> None:
     bar = _Bar()
     try:
-        result = convert(src, dst, bar)
+        result = convert(src, dst, bar, placement, predictors)
     finally:
         bar.stop()
     if as_json:
@@ -119,6 +141,10 @@ def _show_plan(plan: ConversionPlan, dst: Path, as_json: bool) -> None:
         "resident, in memory": decimal(plan.resident_bytes),
         "disk needed": decimal(plan.disk_needed_bytes),
         "disk free": decimal(plan.disk_free_bytes),
+        "order": f"by {plan.placement}, {plan.placement_tokens:,} tokens"
+        if plan.placement
+        else "the checkpoint's",
+        "predictors": f"those of {plan.predictors}" if plan.predictors else "none yet",
         "tokenizer": "yes" if plan.tokenizer else "none: token ids only",
     }
     for name, value in rows.items():

@@ -1,6 +1,7 @@
 """Replays a recorded trace through every cache policy and the optimum: a table and a plot.
 
-Thin: the format and the replay are common/replay.py, the policies are common/policy.py.
+Thin: the format and the replay are common/replay.py, the policies are common/policy.py. With a
+store it also counts reads: neighbours on flash that are missed together are one.
 
 Exit status: 0 done, 1 no trace, or it could not be replayed or written, 2 wrong usage, 130 stopped
 by Ctrl-C.
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from common.errors import UserError
+from common.model.placement import check_fits, count_reads, missed
 from common.outputs import check_output, sentences
 from common.policy import NEVER_USED, Decay, Keys, Window
 from common.replay import (
@@ -35,6 +37,7 @@ from common.replay import (
     load_trace,
     replay,
 )
+from common.store.store import Store
 
 _ERR = Console(stderr=True, highlight=False)
 
@@ -48,6 +51,20 @@ class FirstIn:
 
     def floor(self, now: int) -> float:
         return NEVER_USED
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a token reads of one store, with the reader's cache: decay, slots by use."""
+
+    store: str
+    share: float  # of the FFN's neurons, as slots
+    misses_per_token: float
+    reads_per_token: float
+
+    @property
+    def bundles_per_read(self) -> float:
+        return self.misses_per_token / max(self.reads_per_token, 1e-9)
 
 
 OPTIMUM = Contender("optimum", None)
@@ -113,6 +130,13 @@ def _sizes(context: click.Context, parameter: click.Parameter, text: str) -> lis
     metavar="TOKENS",
     help="Tokens not counted. [default: a tenth, at least the largest window]",
 )
+@click.option(
+    "--store",
+    "stores",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Also count reads in this store of the trace's checkpoint; may be repeated.",
+)
 @click.option("--json", "as_json", type=click.Path(path_type=Path), help="Write every figure here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw misses over size: a .png.")
 def main(
@@ -121,6 +145,7 @@ def main(
     scopes: tuple[str, ...],
     names: tuple[str, ...],
     warmup: int | None,
+    stores: tuple[Path, ...],
     as_json: Path | None,
     plot: Path | None,
 ) -> None:  # fmt: skip
@@ -131,10 +156,15 @@ def main(
             check_output(output)
         trace = load_trace(path)
         warmup = warmup_tokens(trace, chosen) if warmup is None else warmup
+        opened = [Store.open(store) for store in stores]
+        for store in opened:
+            check_fits(trace, store.geometry.layers, store.geometry.neurons)
         outcomes = _replay_all(trace, chosen, scopes or SCOPES, shares, warmup)
+        readings = count_all_reads(trace, opened, shares, warmup)
         _show(trace, outcomes, warmup)
+        _show_reads(readings)
         if as_json:
-            report = json.dumps(_report(trace, outcomes, warmup), indent=1)
+            report = json.dumps(_report(trace, outcomes, readings, warmup), indent=1)
             with sentences(f"{as_json} cannot be written"):
                 as_json.write_text(report, encoding="utf-8")
         if plot:
@@ -171,6 +201,29 @@ def _replay_all(
     return outcomes
 
 
+def count_all_reads(
+    trace: Trace, stores: Sequence[Store], shares: Sequence[float], warmup: int
+) -> list[Reading]:
+    """What tokens after `warmup` read of each store, for each size of cache."""
+    if not stores:
+        return []
+    totals = np.zeros((len(stores), len(shares), 2), np.int64)
+    for layer in range(trace.layers):
+        orders = [store.order(layer) for store in stores]
+        for column, share in enumerate(shares):
+            found = missed(trace, layer, share)[warmup:]
+            for row, order in enumerate(orders):
+                natural = np.arange(trace.neurons, dtype=np.int32)
+                reads = count_reads(found, natural if order is None else order)
+                totals[row, column] += (np.count_nonzero(found), reads)
+    tokens = trace.tokens - warmup
+    return [
+        Reading(str(store.path), share, *(totals[row, column] / tokens).tolist())
+        for row, store in enumerate(stores)
+        for column, share in enumerate(shares)
+    ]
+
+
 def over_optimum(outcomes: Sequence[Outcome]) -> list[float | None]:
     """Misses over those of the optimum in the same scope and size; None where that has none."""
     best = {(o.scope, o.share): o.misses_per_asked for o in outcomes if o.policy == OPTIMUM.name}
@@ -178,7 +231,9 @@ def over_optimum(outcomes: Sequence[Outcome]) -> list[float | None]:
     return [o.misses_per_asked / b if b else None for o, b in zip(outcomes, bounds, strict=True)]
 
 
-def _report(trace: Trace, outcomes: Sequence[Outcome], warmup: int) -> dict[str, Any]:
+def _report(
+    trace: Trace, outcomes: Sequence[Outcome], readings: Sequence[Reading], warmup: int
+) -> dict[str, Any]:
     return {
         "trace": {
             "names": trace.names, "layers": trace.layers, "neurons": trace.neurons,
@@ -188,6 +243,10 @@ def _report(trace: Trace, outcomes: Sequence[Outcome], warmup: int) -> dict[str,
         "outcomes": [
             dataclasses.asdict(outcome) | {"over_optimum": ratio}
             for outcome, ratio in zip(outcomes, over_optimum(outcomes), strict=True)
+        ],
+        "readings": [
+            dataclasses.asdict(reading) | {"bundles_per_read": reading.bundles_per_read}
+            for reading in readings
         ],
     }  # fmt: skip
 
@@ -225,6 +284,21 @@ def _show(trace: Trace, outcomes: Sequence[Outcome], warmup: int) -> None:
             if rows:
                 console.print(f"\n{title}", soft_wrap=True)
                 console.print(_table(rows, cell))
+
+
+def _show_reads(readings: Sequence[Reading]) -> None:
+    if not readings:
+        return
+    table = Table("store", box=None)
+    for share in dict.fromkeys(reading.share for reading in readings):
+        table.add_column(f"{share * 100:g} %", justify="right", no_wrap=True)
+    for store in dict.fromkeys(reading.store for reading in readings):
+        mine = [reading for reading in readings if reading.store == store]
+        table.add_row(store, *(f"{r.reads_per_token:,.1f} ×{r.bundles_per_read:.3f}" for r in mine))
+    console = Console()
+    title = "\nReads per token, × bundles per read; decay, slots by use, gaps not read over"
+    console.print(title, soft_wrap=True)
+    console.print(table)
 
 
 def _table(outcomes: Sequence[Outcome], cell: Callable[[Outcome], str]) -> Table:

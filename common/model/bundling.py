@@ -1,12 +1,15 @@
 """Row-column bundling: a layer's matrices, read in blocks, become bundles side by side.
 
 Memory is bounded by BLOCK_BYTES whatever the layer's size: a block is some neurons' bundles, its
-rows are read as they lie, and its columns (the transposed part) as a strip of every row.
+rows are read as they lie, and its columns (the transposed part) as a strip of every row. In another
+order than the checkpoint's, rows are read one by one, and strips are picked from whole rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +17,7 @@ import numpy.typing as npt
 from common.model.families import TRANSPOSED
 from common.store.checksum import Checksums, block_checksums
 from common.store.geometry import Geometry
+from common.store.store import Order
 from common.store.tensors import Tensor, read_exactly
 
 Block = npt.NDArray[np.uint8]
@@ -22,12 +26,38 @@ BLOCK_BYTES = 64 << 20  # of bundles; rows and columns on their way in take as m
 _STRIP = 32  # columns of a transposed copy that stay in the processor's cache together
 
 
+@dataclass(frozen=True)
+class Reordered(Tensor):
+    """A tensor whose row i, along its first axis, is row `order[i]` of the file's."""
+
+    order: Order
+
+    def read_into(self, buffer: memoryview, start: int = 0) -> None:
+        row_bytes = self.nbytes // self.shape[0]
+        first, last = start // row_bytes, -(-(start + len(buffer)) // row_bytes)
+        rows = np.empty((last - first, row_bytes), np.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            for row, source in zip(rows, self.order[first:last].tolist(), strict=True):
+                read_exactly(file.fileno(), row.data, self.offset + source * row_bytes, self.path)
+        begin = start - first * row_bytes
+        buffer[:] = rows.reshape(-1)[begin : begin + len(buffer)].data
+
+
+def reordered(tensor: Tensor, order: Order | None) -> Tensor:
+    """`tensor` with its rows in `order`, or as it is."""
+    return tensor if order is None else Reordered(**vars(tensor), order=order)
+
+
 def write_bundles(
-    weights: Mapping[str, Tensor], geometry: Geometry, write: Callable[[memoryview], None]
+    weights: Mapping[str, Tensor],
+    geometry: Geometry,
+    write: Callable[[memoryview], None],
+    order: Order | None = None,
 ) -> Checksums:
     """Gives a layer's bundles to `write` in order, stride by stride; returns their checksums.
 
     `weights` has a tensor for each part: [neurons, hidden], the transposed part [hidden, neurons].
+    With `order` [neurons], bundle i is that of neuron `order[i]`; else of neuron i.
     """
     count = max(1, min(BLOCK_BYTES // geometry.stride_bytes, geometry.neurons))
     row_bytes = geometry.hidden * geometry.item_bytes
@@ -38,33 +68,40 @@ def write_bundles(
         part_of = block[: min(count, geometry.neurons - first)]
         for index, part in enumerate(geometry.parts):
             target = part_of[:, index * row_bytes : (index + 1) * row_bytes]
-            read = _read_columns if part == TRANSPOSED else _read_rows
-            read(weights[part], geometry, first, target, matrix)
+            if part == TRANSPOSED:
+                _read_columns(weights[part], geometry, first, target, matrix, order)
+            else:
+                _read_rows(reordered(weights[part], order), first, target, matrix)
         checksums[first : first + len(part_of)] = block_checksums(part_of)
         write(part_of.data.cast("B"))
     return checksums
 
 
-def _read_rows(
-    tensor: Tensor, geometry: Geometry, first: int, target: Block, buffer: Block
-) -> None:
+def _read_rows(tensor: Tensor, first: int, target: Block, buffer: Block) -> None:
     rows = buffer[: target.size].reshape(target.shape)
     tensor.read_into(rows.data.cast("B"), first * target.shape[1])
     target[:] = rows
 
 
 def _read_columns(
-    tensor: Tensor, geometry: Geometry, first: int, target: Block, buffer: Block
+    tensor: Tensor,
+    geometry: Geometry,
+    first: int,
+    target: Block,
+    buffer: Block,
+    order: Order | None,
 ) -> None:
-    """Columns `first`... of [hidden, neurons] into the rows of `target`."""
+    """Columns `first`..., or `order[first]`..., of [hidden, neurons] into the rows of `target`."""
     item, width = geometry.item_bytes, len(target)
+    word = np.uint16 if item == 2 else np.uint32
     strip = buffer[: target.size].reshape(geometry.hidden, width * item)
-    if width == geometry.neurons:
+    columns, rows = strip.view(word), target.view(word)
+    if order is not None:
+        _pick_strip(tensor, geometry, order[first : first + width], columns)
+    elif width == geometry.neurons:
         tensor.read_into(strip.data.cast("B"))
     else:
         _read_strip(tensor, geometry, first, strip)
-    word = np.uint16 if item == 2 else np.uint32
-    columns, rows = strip.view(word), target.view(word)
     for begin in range(0, geometry.hidden, _STRIP):  # at once, it runs at a tenth of the speed
         rows[:, begin : begin + _STRIP] = columns[begin : begin + _STRIP].T
 
@@ -75,3 +112,13 @@ def _read_strip(tensor: Tensor, geometry: Geometry, first: int, strip: Block) ->
     with tensor.path.open("rb", buffering=0) as file:
         for index, row in enumerate(strip):
             read_exactly(file.fileno(), row.data, offset + index * row_bytes, tensor.path)
+
+
+def _pick_strip(tensor: Tensor, geometry: Geometry, chosen: Order, strip: npt.NDArray[Any]) -> None:
+    """Columns `chosen` of [hidden, neurons] into `strip` [hidden, chosen], of words."""
+    whole = np.empty(geometry.neurons, strip.dtype)
+    with tensor.path.open("rb", buffering=0) as file:
+        for index, row in enumerate(strip):
+            offset = tensor.offset + index * whole.nbytes
+            read_exactly(file.fileno(), whole.data.cast("B"), offset, tensor.path)
+            np.take(whole, chosen, out=row, mode="clip")  # the default would copy once more

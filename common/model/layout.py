@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.errors import StoreError
 from common.model.activation import Activation
+from common.model.bundling import reordered
 from common.model.checkpoint import Checkpoint
 from common.model.families import TRANSPOSED, Family, activation_of, family_named, geometry_of
 from common.model.skeleton import meta_model
 from common.store.geometry import DTYPE_BYTES, Geometry
 from common.store.manifest import BIASES, resident_file
-from common.store.store import bias_name
+from common.store.store import bias_name, read_order
 from common.store.tensors import Tensor, make_header
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -57,6 +59,20 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def header_of(tensors: Mapping[str, Tensor]) -> bytes:
     return make_header((name, t.dtype, t.shape) for name, t in tensors.items())
+
+
+def placed_biases(
+    named: Mapping[str, Tensor], geometry: Geometry, folder: Path
+) -> dict[str, Tensor]:
+    """The biases file's tensors, those of neurons in the orders of the (partial) store `folder`."""
+    placed = dict(named)
+    for layer in range(geometry.layers):
+        order = read_order(folder, layer, geometry)
+        for part in geometry.parts:
+            name = bias_name(layer, part)
+            if part != TRANSPOSED and name in placed:
+                placed[name] = reordered(placed[name], order)
+    return placed
 
 
 def make_layout(checkpoint: Checkpoint) -> Layout:

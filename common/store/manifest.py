@@ -36,6 +36,11 @@ def checksum_file(layer: int) -> str:
     return f"layers/{layer:03}.checksums"
 
 
+def order_file(layer: int) -> str:
+    """Which neuron of the checkpoint lies where: of a store that was placed by a trace."""
+    return f"layers/{layer:03}.order"
+
+
 def resident_file(layer: int | None) -> str:
     """The resident tensors of a layer, or (None) of everything around the layers."""
     return f"{RESIDENT_DIR}/{'model' if layer is None else f'layer-{layer:03}'}.safetensors"
@@ -60,6 +65,12 @@ class Manifest:
     source: str  # name of the checkpoint's folder
     source_files: tuple[str, ...]
     files: tuple[FileEntry, ...]
+
+    @property
+    def placed(self) -> bool:
+        """Whether neurons lie in another order than the checkpoint's: then every layer has one."""
+        orders = {order_file(layer) for layer in range(self.geometry.layers)}
+        return any(entry.path in orders for entry in self.files)
 
     def to_json(self) -> bytes:
         """The file's bytes: the same manifest always gives the same ones."""

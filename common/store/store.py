@@ -27,11 +27,13 @@ from common.store.manifest import (
     Manifest,
     bundle_file,
     checksum_file,
+    order_file,
     resident_file,
 )
 from common.store.tensors import read_exactly, read_float32, read_header, to_float32
 
 Floats = npt.NDArray[np.float32]
+Order = npt.NDArray[np.int32]
 
 PARTIAL_SUFFIX = ".partial"  # of the folder that a conversion writes until it is whole
 BLOCK_BYTES = 8 << 20
@@ -52,7 +54,7 @@ class Store:
         manifest, raw = read_manifest(path)
         for problem in size_problems(path, manifest).values():
             raise StoreError(f"the store {path} is damaged: {problem}; convert the model again")
-        return cls(path, manifest, hashlib.sha256(raw).hexdigest()[:16])
+        return cls(path, manifest, store_id(raw))
 
     @property
     def geometry(self) -> Geometry:
@@ -73,6 +75,11 @@ class Store:
     def checksums(self, layer: int) -> Checksums:
         """uint64 [neurons]: each bundle's checksum, over its whole stride."""
         return np.fromfile(self.path / checksum_file(layer), dtype="<u8")
+
+    def order(self, layer: int) -> Order | None:
+        """int32 [neurons]: the checkpoint's neuron at each place, so of each neuron id. None in a
+        store that has its neurons in the checkpoint's order. `StoreError` if it is damaged."""
+        return read_order(self.path, layer, self.geometry) if self.manifest.placed else None
 
     def resident_paths(self) -> list[Path]:
         """Safetensors files whose names are those of transformers' model without its FFN."""
@@ -133,6 +140,23 @@ class Store:
         return rows
 
 
+def read_order(folder: Path, layer: int, geometry: Geometry) -> Order:
+    """int32 [neurons], of the store or partial store in `folder`; `StoreError` if it is damaged."""
+    path = folder / order_file(layer)
+    order = np.fromfile(path, "<i4").astype(np.int32, copy=False)
+    if not np.array_equal(np.sort(order), np.arange(geometry.neurons)):
+        raise StoreError(
+            f"{path} is damaged: it does not name every neuron once; run inflash verify, and"
+            " convert the model again"
+        )
+    return order
+
+
+def store_id(manifest: bytes) -> str:
+    """A store's id, from its manifest's bytes."""
+    return hashlib.sha256(manifest).hexdigest()[:16]
+
+
 def read_end_ids(config_dir: Path) -> frozenset[int]:
     """The model's end tokens: from generation_config.json where it names any, else config.json."""
     for name in ("generation_config.json", "config.json"):
@@ -177,7 +201,7 @@ def size_problems(path: Path, manifest: Manifest) -> dict[str, str]:
     """
     sizes = {entry.path: entry.size for entry in manifest.files}
     problems = {}
-    for name, size in _expected(manifest.geometry).items():
+    for name, size in _expected(manifest).items():
         if name not in sizes:
             problems[name] = f"its manifest lacks {name}"
         elif size is not None and sizes[name] != size:
@@ -193,14 +217,17 @@ def size_problems(path: Path, manifest: Manifest) -> dict[str, str]:
     return problems
 
 
-def _expected(geometry: Geometry) -> dict[str, int | None]:
-    """Files that every store has, with the sizes that follow from its geometry."""
+def _expected(manifest: Manifest) -> dict[str, int | None]:
+    """Files that every such store has, with the sizes that follow from its geometry."""
+    geometry = manifest.geometry
     names: dict[str, int | None] = {f"{CONFIG_DIR}/config.json": None, BIASES: None}
     names[resident_file(None)] = None
     for layer in range(geometry.layers):
         names[bundle_file(layer)] = geometry.layer_bytes
         names[checksum_file(layer)] = 8 * geometry.neurons
         names[resident_file(layer)] = None
+        if manifest.placed:
+            names[order_file(layer)] = 4 * geometry.neurons
     return names
 
 

@@ -7,6 +7,7 @@ change alter them on purpose, it needs a new format version, and new fixtures be
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 from common.model.convert import convert
 from common.model.skeleton import meta_model
+from common.replay import save_trace, trace_from_bits
 from common.store.store import Store
 from common.store.verify import verify_store
 from tests.checkpoints import Variant, make_config
@@ -38,6 +40,18 @@ STORES = {
         "740c2f88a26c0967",
     ),
 }
+# The first store's checkpoint, placed by a trace: its folder, the store's id, and what each token
+# asks of layers 0 and 1. In layer 0, neurons 3 and 0 come together, 2 and 4 do; nobody asks for 1.
+PLACED, PLACED_ID = "opt-float16-placed", "fa7d2b5df46aade1"
+ASKED = (([0, 3], [2, 4], [0, 3], [2, 4], [0, 3, 4]), ([1, 4], [0], [1, 4], [0], [2, 4]))
+
+
+def write_trace(path: Path) -> None:
+    bits = np.zeros((2, 5, 5), np.bool_)
+    for layer, tokens in enumerate(ASKED):
+        for token, ids in enumerate(tokens):
+            bits[layer, token, ids] = True
+    save_trace(trace_from_bits(list(bits), 5, 4096), path)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -69,6 +83,27 @@ def test_what_lies_in_a_bundle() -> None:
     assert hashlib.sha256(bundle.tobytes()).hexdigest()[:16] == "0e674bbd7f06bd5d"
 
 
+def test_a_placed_store(tmp_path: Path) -> None:
+    write_trace(tmp_path / "trace.npz")
+    source = HERE / "opt-float16" / "checkpoint"
+    convert(source, tmp_path / "store", placement=tmp_path / "trace.npz")
+    assert files(tmp_path / "store") == files(HERE / PLACED / "store")
+    store, plain = Store.open(HERE / PLACED / "store"), Store.open(HERE / "opt-float16" / "store")
+    assert store.id == PLACED_ID
+    assert verify_store(store.path).problems == ()
+    assert (plain.order(0), plain.order(1)) == (None, None)
+    orders = [store.order(0), store.order(1)]
+    assert [order.tolist() for order in orders if order is not None] == [
+        [0, 3, 2, 4, 1],
+        [0, 1, 4, 2, 3],
+    ]
+    for layer, order in enumerate(orders):
+        for part in ("up", "down"):
+            assert np.array_equal(store.rows(layer, part), plain.rows(layer, part)[order])
+        assert np.array_equal(store.biases(layer)["up"], plain.biases(layer)["up"][order])
+        assert np.array_equal(store.biases(layer)["down"], plain.biases(layer)["down"])
+
+
 def make_frozen_checkpoint(folder: Path, variant: Variant, dtype: str) -> None:
     """A checkpoint whose values are a fixed sequence, exact in any 16-bit float."""
     config = make_config(Variant(variant.family))
@@ -96,3 +131,9 @@ if __name__ == "__main__":
             make_frozen_checkpoint(HERE / store_name / "checkpoint", shape, number_format)
             convert(HERE / store_name / "checkpoint", HERE / store_name / "store")
             print(store_name, Store.open(HERE / store_name / "store").id)
+    if not (HERE / PLACED).exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            write_trace(Path(scratch) / "trace.npz")
+            checkpoint = HERE / "opt-float16" / "checkpoint"
+            convert(checkpoint, HERE / PLACED / "store", placement=Path(scratch) / "trace.npz")
+            print(PLACED, Store.open(HERE / PLACED / "store").id)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 from click.testing import CliRunner
 
 from common.learn.recording import record
 from common.learn.windows import windows_of
-from common.replay import load_trace
+from common.model.convert import convert
+from common.replay import Trace, load_trace
+from common.store.store import Store
 from scripts.activations import main
+from tests.unit.test_placement import write_predictors, write_trace
 
 
 def test_a_trace_has_what_fired(store_of: Any, tmp_path: Path) -> None:
@@ -46,3 +51,70 @@ def test_where_the_trace_goes_is_looked_at_first(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1
     assert f"error: {out} cannot be written: there is no folder {out.parent}" in result.stderr
+
+
+def recorded(store: Store, out: Path, *options: str) -> Trace:
+    result = CliRunner().invoke(main, [str(store.path), str(out), *options])
+    assert result.exit_code == 0, result.output
+    return load_trace(out)
+
+
+@pytest.mark.parametrize("names", ["fired", "named"])
+def test_a_trace_has_the_checkpoints_neurons_in_whatever_order_they_lie(
+    names: str, made: Any, tmp_path: Path
+) -> None:
+    src = made.checkpoint("opt", "float32")
+    convert(src, tmp_path / "plain")
+    plain = Store.open(tmp_path / "plain")
+    write_predictors(plain)
+    trace = write_trace(plain, tmp_path / "trace.npz")
+    convert(src, tmp_path / "placed", placement=trace, predictors=plain.path)
+    placed = Store.open(tmp_path / "placed")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 300, 256))
+    options = ["--ids", str(tmp_path / "ids.npy"), "--length", "64", "--names", names]
+    one, other = (recorded(s, tmp_path / f"{s.id}.npz", *options) for s in (plain, placed))
+    assert one.tokens == 256
+    for layer in range(one.layers):
+        assert len(one.ids[layer]) > 256
+        assert not np.array_equal(placed.order(layer), np.arange(one.neurons))
+        assert other.firsts[layer].tolist() == one.firsts[layer].tolist()
+        assert other.ids[layer].tolist() == one.ids[layer].tolist()
+
+
+def test_token_ids_are_run_in_windows(store_of: Any, tmp_path: Path) -> None:
+    store = store_of("opt", "float32")
+    ids = np.random.default_rng(0).integers(0, 300, 300)
+    np.save(tmp_path / "ids.npy", ids)
+    options = ["--ids", str(tmp_path / "ids.npy"), "--length", "64", "--tokens", "192"]
+    trace = recorded(store, tmp_path / "trace.npz", *options)
+    assert trace.tokens == 192
+    assert trace.starts.tolist() == [0, 64, 128]
+    windows = ids[:192].reshape(3, 64).astype(np.int32)
+    recording = record(store, windows, tmp_path / "recording")
+    (fired,) = recording.unpack(recording.fired(1)[100:101])
+    assert trace.asked(100, 1).tolist() == fired.nonzero()[0].tolist()
+
+
+REFUSED = {
+    "no integers": (np.zeros(100), 64, "no array of at least 64 integers"),
+    "too few": (np.zeros(63, np.int64), 64, "no array of at least 64 integers"),
+    "outside": (np.full(64, 300), 64, "outside of the vocabulary, 0 to 299"),
+    "below": (np.full(64, -1), 64, "outside of the vocabulary"),
+    "longer than the context": (np.zeros(600, np.int64), 600, "longer than the model's context"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_ids_that_are_refused(case: str, store_of: Any, tmp_path: Path) -> None:
+    ids, length, reason = REFUSED[case]
+    np.save(tmp_path / "ids.npy", ids)
+    arguments = [str(store_of("opt", "float32").path), str(tmp_path / "t.npz")]
+    options = ["--ids", str(tmp_path / "ids.npy"), "--length", str(length)]
+    result = CliRunner().invoke(main, [*arguments, *options])
+    assert result.exit_code == 1
+    assert reason in " ".join(result.output.split())
+    for wrong in ([], [*options, "--text", str(tmp_path)]):
+        result = CliRunner().invoke(main, [*arguments, *wrong])
+        assert result.exit_code == 2
+        assert "give --text, or else --ids" in result.output
+    assert not (tmp_path / "t.npz").exists()
