@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": "Start a server for a store.",
     "compare": "Prove that a store answers as its checkpoint does.",
     "eval": "Measure what fitted predictors cost in accuracy and save in bytes.",
+    "bench": "Measure inflash beside others, on a checkpoint that it makes.",
 }
 """What scripts/ has, and the line that `inflash --help` shows for it."""
 

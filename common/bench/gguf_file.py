@@ -1,0 +1,33 @@
+"""Writes a GGUF file as a program: `python -m common.bench.gguf_file [CHECKPOINT FILE]`, run by the
+interpreter that has the rivals' packages. Without arguments it only says whether it could.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from common.bench.rivals.gguf import PACKAGES, write_gguf
+from common.bench.rivals.program import ABSENT, absent
+from common.errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status: as of the rivals' programs."""
+    if reason := absent(PACKAGES):
+        print(json.dumps({"absent": reason}))
+        return ABSENT
+    if not arguments:
+        return 0
+    checkpoint, path = map(Path, arguments)
+    try:
+        print(json.dumps({"note": write_gguf(checkpoint, path)}))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,119 @@
+"""The report's tables. Takes the report's object (common/bench/run.py), gives rich tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.filesize import decimal
+from rich.table import Table
+
+from common.bench.figures import Figures
+from common.bench.report import TITLES, ran
+
+NONE = "–"
+
+
+def tables(found: Figures) -> Iterator[Table]:
+    """All tables that the object has rows for, in order."""
+    yield planted(found)
+    yield contenders(found)
+    if "ablation" in found:
+        yield ablation(found)
+    if "growth" in found:
+        yield growth(found)
+
+
+def planted(found: Figures) -> Table:
+    """The plant: published, planted, measured."""
+    table = _table(f"{found['shape']}: the plant", "what", "published", "planted", "measured")
+    for row in found["planted"]:
+        figures = (row[key] for key in ("published", "planted", "measured"))
+        table.add_row(row["what"], *map(percent, figures))
+    return table
+
+
+def contenders(found: Figures) -> Table:
+    """A token's time of each, with its spread."""
+    table = _table(
+        f"a token, cap {decimal(found['cap_bytes'])}",
+        "contender", "ms", "quartiles", "min–max", "tokens", "peak", "read a token",
+    )  # fmt: skip
+    named = [(TITLES[name], figures) for name, figures in found["contenders"].items()]
+    named.insert(1, ("inflash, look-ahead off", found["serial"]))
+    for title, figures in named:
+        if ran(figures):
+            table.add_row(title, *_time(figures), size(figures["peak_bytes"]),
+                          size(figures["bytes_per_token"]))  # fmt: skip
+        else:
+            table.add_row(title, "absent" if "absent" in figures else "failed")
+    floors = found["floors"]
+    table.add_section()
+    table.add_row("floor: reads", f"{floors['read_ms']:,.1f}")
+    table.add_row("floor: products", f"{floors['compute_ms']:,.1f}")
+    return table
+
+
+def ablation(found: Figures) -> Table:
+    """A row for each step."""
+    table = _table(
+        "ablation",
+        "step", "ms", "gain", "peak", "read a token", "GB/s", "reads, ms", "stall, ms",
+        "verdict",
+    )  # fmt: skip
+    for row in found["ablation"]:
+        if not ran(row):
+            table.add_row(row["step"], *[NONE] * 7, "not measured" if "absent" in row else "failed")
+            continue
+        speed = row["bytes_per_s_while_reading"]
+        table.add_row(
+            row["step"], f"{row['ms_per_token']:,.1f}", number(row.get("gain"), "×"),
+            size(row["peak_bytes"]), size(row["bytes_per_token"]),
+            number(None if speed is None else speed / 1e9), number(row["read_ms"]),
+            number(row["stall_ms"]), row.get("verdict", ""),
+        )  # fmt: skip
+    return table
+
+
+def growth(found: Figures) -> Table:
+    """A token by the model's size."""
+    table = _table("growth, 24% of the FFN cached, no cap", "shape", "checkpoint", "ms",
+                   "quartiles", "min–max", "tokens", "read a token")  # fmt: skip
+    for row in found["growth"]:
+        sizes = size(row["checkpoint_bytes"])
+        if ran(row):
+            table.add_row(row["shape"], sizes, *_time(row), size(row["bytes_per_token"]))
+        else:
+            table.add_row(row["shape"], sizes, "failed")
+    return table
+
+
+def percent(share: float | None) -> str:
+    return NONE if share is None else f"{share:.1%}"
+
+
+def size(count: Any) -> str:
+    return NONE if count is None else decimal(int(count))
+
+
+def number(value: float | None, unit: str = "") -> str:
+    return NONE if value is None else f"{value:,.2f}{unit}"
+
+
+def _time(figures: Figures) -> tuple[str, str, str, str]:
+    spread = figures["spread_ms"]
+    low, high = spread["quartiles"]
+    return (
+        f"{figures['ms_per_token']:,.1f}",
+        f"{low:,.1f}–{high:,.1f}",
+        f"{spread['min']:,.1f}–{spread['max']:,.1f}",
+        f"{spread['count']}",
+    )
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, box=None, title_justify="left", title_style="bold")
+    table.add_column(first)
+    for heading in others:
+        table.add_column(heading, justify="right")
+    return table
