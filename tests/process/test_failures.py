@@ -146,7 +146,7 @@ def test_a_flipped_byte_is_named_and_never_answered(
         ({"--memory": "1MB"}, "INFLASH_MEMORY: 1,000,000 bytes are too few; the smallest budget"),
         ({"--cache": "1"}, "INFLASH_CACHE: 1 is too small; the smallest cache that works is"),
         ({"--cache": "lots"}, "INFLASH_CACHE: 'lots' is no size"),
-        ({"--window": "0"}, "INFLASH_WINDOW: '0' is no whole number"),
+        ({"--window": "few"}, "INFLASH_WINDOW: 'few' is no whole number"),
         ({"--run-dir": "/tmp/" + "long/" * 30}, "path is too long for a socket"),
     ],
 )

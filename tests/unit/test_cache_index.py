@@ -89,7 +89,7 @@ class CacheIndex(RuleBasedStateMachine):
         self.see([answer])
         self.go_on(before)
 
-    @rule(layer=LAYERS, ids=IDS, goes_on=st.booleans())
+    @rule(layer=LAYERS, ids=IDS.flatmap(st.permutations), goes_on=st.booleans())
     def prefetch(self, layer: int, ids: list[int], goes_on: bool) -> None:
         if goes_on and (self.step, layer) in self.named:
             return
@@ -191,6 +191,8 @@ class CacheIndex(RuleBasedStateMachine):
         ids=st.sampled_from([[3, 2], [1, 1], [-1, 4], [NEURONS]]), layer=LAYERS, ahead=st.booleans()
     )
     def fetch_nonsense(self, ids: list[int], layer: int, ahead: bool) -> None:
+        if ahead and ids == [3, 2]:  # a prefetch's ids need not ascend: the surest are first
+            return
         with pytest.raises(BadFetchError):
             self.fetches.take(Fetch(1, 2**62, layer, ahead, 0, np.array(ids, "<i4").tobytes()), 0)
 

@@ -93,9 +93,10 @@ def test_bfloat16_is_planned_as_it_is_computed(store_of: Any) -> None:
     assert plans[0].resident_bytes == 2 * half.resident_bytes
 
 
-def test_factors_are_planned_as_float32(fitted: Any) -> None:
+def test_factors_are_planned_as_int8_with_scales(fitted: Any) -> None:
     plan = make_plan(settings(fitted, cache="50%"), fitted)
-    assert plan.predictors_bytes == 4 * 30
+    numbers, rows, biases = 2 * 5 + 4 * 4, 2 + 4, 4
+    assert plan.predictors_bytes == numbers + 4 * rows + 4 * biases
     exact = make_plan(settings(fitted, cache="50%", predictor="exact"), fitted)
     shape = fitted.geometry
     assert exact.predictors_bytes == shape.layers * shape.neurons * shape.hidden * 4
