@@ -134,8 +134,10 @@ class _Bench:
         self.options, self.shape, self.made, self.cap = options, shape, ready, cap
         self.scratch, self.report = scratch, report
         self.store = Store.open(ready.store)
-        # The promise that is measured: all of inflash in no more than the cap.
-        self.settings = {"memory": f"{cap}"} | dict(options.settings)
+        # The promise that is measured: all of inflash in no more than the cap; room for as many
+        # tokens as the others make room for.
+        context = options.prompt + options.tokens + 1
+        self.settings = {"memory": f"{cap}", "context": f"{context}"} | dict(options.settings)
         self.cores = cores()
         self.runs = functools.partial(run_rounds, rounds=options.rounds, tell=report.note)
 

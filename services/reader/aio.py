@@ -38,6 +38,7 @@ _CALLS = {  # setup, destroy, getevents, submit
 }
 _PREADV = 7  # IOCB_CMD_PREADV
 _RESFD = 1  # IOCB_FLAG_RESFD
+WAKE_EVERY = 8  # reads of a batch: so many complete for one signal of the eventfd
 
 _CONTROL = np.dtype(
     [
@@ -116,7 +117,6 @@ class Aio:
         self._blocks = np.zeros(depth, _CONTROL)
         self._blocks["data"] = np.arange(depth)
         self._blocks["opcode"] = _PREADV
-        self._blocks["flags"] = _RESFD
         self._blocks["resfd"] = self._eventfd
         self._block_address = self._blocks.ctypes.data + np.arange(depth) * _CONTROL.itemsize
         self._batch_of = np.zeros(depth, np.int64)  # whose read a block is
@@ -187,8 +187,12 @@ class Aio:
         self._blocks["buffer"][blocks] = batch.vector_address[reads]
         self._blocks["bytes"][blocks] = batch.vector_count[reads]
         self._blocks["offset"][blocks] = batch.offsets[reads]
+        # Few completions wake the loop: a turn of it costs more than a read. Counted from the end,
+        # so that the last of a batch does; what it leaves behind is asked for by the clock.
+        index = np.arange(reads.start, reads.stop)
+        self._blocks["flags"][blocks] = (len(batch.offsets) - 1 - index) % WAKE_EVERY == 0
         self._batch_of[blocks] = batch.number
-        self._read_of[blocks] = np.arange(reads.start, reads.stop)
+        self._read_of[blocks] = index
 
     def _refused(self, batch: _Batch) -> bool:
         """The kernel did not take the batch's next read: it failed, unless the kernel is only

@@ -20,6 +20,9 @@ Memory = npt.NDArray[np.uint8]
 """The cache's bytes, uint8 [slots, stride_bytes], page-aligned."""
 
 
+RECHECK_S = 0.001
+
+
 class Completion(NamedTuple):
     """A batch is over: no read of it touches memory any more."""
 
@@ -39,7 +42,8 @@ class Backend(Protocol):
         Completes them under `tag`. `ValueError` if the backend is closed."""
 
     def fileno(self) -> int:
-        """A descriptor that is readable when `completed` has something to do."""
+        """A descriptor that becomes readable when `completed` has something to do: soon, but not
+        for every read. While reads are under way, ask `completed` every RECHECK_S as well."""
 
     def completed(self) -> list[Completion]:
         """The batches that are over since the last call. Keeps the queue of the drive filled,

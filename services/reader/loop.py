@@ -20,7 +20,7 @@ from common.plan import make_plan
 from common.policy import make_policy
 from common.segment import create_segment, segment_path
 from common.store.store import Store
-from services.reader.backends import Backend, Completion, Memory
+from services.reader.backends import RECHECK_S, Backend, Completion, Memory
 from services.reader.cache import Ids
 from services.reader.fetches import BadFetchError, Fetches
 from services.reader.footprint import Footprint
@@ -65,6 +65,10 @@ class ReadTime:
         self._groups = 0
         self._since_ns = 0
         self._ns = 0
+
+    @property
+    def reading(self) -> bool:
+        return self._groups > 0
 
     def begin(self, now_ns: int) -> None:
         self._count(now_ns)
@@ -122,9 +126,10 @@ class Reader:
         for source in (self._release.socket, self._fetch.socket, self._backend.fileno()):
             poller.register(source, zmq.POLLIN)
         while self._service.running():
-            ready = dict(poller.poll(int(POLL_S * 1000)))
+            wait_s = RECHECK_S if self._read_time.reading else POLL_S
+            ready = dict(poller.poll(int(wait_s * 1000)))
             # First what has landed: a demand that comes with it finds its prefetch there.
-            if self._backend.fileno() in ready:
+            if self._backend.fileno() in ready or (not ready and self._read_time.reading):
                 completions = self._backend.completed()
                 self._read_time.end(time.monotonic_ns(), len(completions))
                 for completion in completions:

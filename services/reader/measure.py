@@ -27,7 +27,7 @@ from common.limits import PROBE_S, READ_BYTES_MAX, READS_IN_FLIGHT_MAX
 from common.store.geometry import Geometry
 from common.store.store import Store
 from services.reader.aio import Aio
-from services.reader.backends import Backend, Memory
+from services.reader.backends import RECHECK_S, Backend, Memory
 from services.reader.reads import Reads
 from services.reader.threads import THREADS, Threads
 
@@ -108,11 +108,15 @@ def _read(backend: Backend, draw: _Draw, deadline: float) -> int:
     Returns how many were read."""
     for place in range(BATCHES):
         backend.submit(place, *draw.batch(place))
-    under_way, done = BATCHES, 0
+    under_way, done, came = BATCHES, 0, time.perf_counter()
     while under_way:
-        if not select.select([backend.fileno()], [], [], PROBE_S)[0]:
+        select.select([backend.fileno()], [], [], RECHECK_S)
+        completions = backend.completed()
+        if completions:
+            came = time.perf_counter()
+        elif time.perf_counter() > came + PROBE_S:
             raise StoreError(f"the drive gave nothing for {PROBE_S:.0f} s (limit PROBE_S)")
-        for completion in backend.completed():
+        for completion in completions:
             if completion.error:
                 raise StoreError(f"a read failed: {completion.error}")
             done += 1

@@ -14,7 +14,7 @@ import numpy as np
 from common.errors import StoreError, UserError
 from common.limits import PROBE_S
 from services.reader.aio import Aio
-from services.reader.backends import Backend, Memory
+from services.reader.backends import RECHECK_S, Backend, Memory
 from services.reader.reads import plan_reads
 from services.reader.threads import Threads
 
@@ -98,7 +98,7 @@ def _wait(backend: Backend) -> str:
     """The error of the one batch under way, "" if it went well."""
     deadline = time.monotonic() + PROBE_S
     while (rest := deadline - time.monotonic()) > 0:
-        select.select([backend.fileno()], [], [], rest)
+        select.select([backend.fileno()], [], [], min(rest, RECHECK_S))
         for completion in backend.completed():
             return completion.error
     return f"bundle 0 did not come within {PROBE_S:.0f} s (limit PROBE_S)"

@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import StoreError, UserError
 from services.reader.aio import Aio
-from services.reader.backends import Backend, Completion, Memory
+from services.reader.backends import RECHECK_S, Backend, Completion, Memory
 from services.reader.probe import choose_backend
 from services.reader.reads import Reads, plan_reads
 from services.reader.threads import Threads
@@ -64,7 +64,7 @@ def wait(backend: Backend, batches: int, deadline_s: float = 10.0) -> dict[int, 
     while len(over) < batches:
         rest = deadline - time.monotonic()
         assert rest > 0, f"{len(over)} of {batches} batches within {deadline_s} s"
-        select.select([backend.fileno()], [], [], rest)
+        select.select([backend.fileno()], [], [], min(rest, RECHECK_S))
         for completion in backend.completed():
             assert completion.tag not in over
             over[completion.tag] = completion
