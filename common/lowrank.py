@@ -72,10 +72,6 @@ class Int8Rows:
         scales = np.maximum(largest / 127, np.finfo(np.float32).tiny)
         return cls(np.rint(matrix / scales[:, None]).astype(np.int8), scales)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
     def dot(self, x: Floats) -> Floats:
         """`x` [n, width] times every row: [n, rows]. A few rows at a time become float32, in the
         processor's own cache: numpy multiplies no int8 fast."""

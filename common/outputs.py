@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.errors import UserError
 
+PICTURES = (".png", ".svg", ".pdf")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -26,6 +27,13 @@ def check_output(path: Path) -> None:
     else:
         return
     raise UserError(f"{path} cannot be written: {problem}")
+
+
+def check_picture(path: Path) -> None:
+    """As `check_output`, of a file that is drawn: its suffix says how."""
+    if path.suffix.lower() not in PICTURES:
+        raise UserError(f"{path} cannot be drawn: end its name in {', '.join(PICTURES)}")
+    check_output(path)
 
 
 @contextlib.contextmanager

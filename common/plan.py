@@ -125,8 +125,9 @@ def kv_token_bytes(config: dict[str, Any], item_bytes: int) -> int:
     return int(2 * config["num_hidden_layers"] * kv_heads * _head_width(config) * item_bytes)
 
 
-def _kv_room(context: int) -> int:
-    return -(-context // KV_STEP) * KV_STEP
+def kv_room(tokens: int) -> int:
+    """Tokens that the KV cache has room for where `tokens` are to fit."""
+    return -(-tokens // KV_STEP) * KV_STEP
 
 
 def _head_width(config: dict[str, Any]) -> int:
@@ -141,7 +142,7 @@ def _fixed_lines(
     computed_bytes = DTYPE_BYTES[geometry.compute_dtype]
     lines = {
         "resident_bytes": store.resident_bytes * computed_bytes // geometry.item_bytes,
-        "kv_bytes": _kv_room(context) * kv_token_bytes(config, computed_bytes),
+        "kv_bytes": kv_room(context) * kv_token_bytes(config, computed_bytes),
         "predictors_bytes": _predictors_bytes(resolve_predictor(settings, store), store),
         "workspace_bytes": _workspace_bytes(geometry, config, context),
     }

@@ -21,7 +21,7 @@ from common.bench.run import NAMES, Options, bench
 from common.bench.tables import tables
 from common.config import parse_size
 from common.errors import UserError
-from common.outputs import check_output, sentences
+from common.outputs import check_output, check_picture, sentences
 from common.planted.shapes import SHAPES
 
 FILE_COLUMNS = 120
@@ -212,8 +212,10 @@ def main(
     # As Ctrl-C does: contenders and their cgroup are not to outlive us.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for path in filter(None, (json_file, plot_file)):
-            check_output(path)
+        if json_file:
+            check_output(json_file)
+        if plot_file:
+            check_picture(plot_file)
         with sentences("the bench stopped"):
             found = bench(options, report)
             if json_file:

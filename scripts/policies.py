@@ -27,7 +27,7 @@ from rich.table import Table
 
 from common.errors import UserError
 from common.model.placement import check_fits, count_reads, missed
-from common.outputs import check_output, sentences
+from common.outputs import check_output, check_picture, sentences
 from common.policy import NEVER_USED, Decay, Keys, Window
 from common.replay import (
     SCOPES,
@@ -152,8 +152,10 @@ def main(
     """Replay TRACE through every cache policy and the optimum, for several sizes of cache."""
     chosen = [c for c in CONTENDERS if not names or c is OPTIMUM or c.name in names]
     try:
-        for output in filter(None, (as_json, plot)):
-            check_output(output)
+        if as_json:
+            check_output(as_json)
+        if plot:
+            check_picture(plot)
         trace = load_trace(path)
         warmup = warmup_tokens(trace, chosen) if warmup is None else warmup
         opened = [Store.open(store) for store in stores]

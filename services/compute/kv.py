@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from common.limits import KV_STEP
+from common.plan import kv_room
 
 
 class KVLayer(CacheLayerMixin):
@@ -20,7 +21,7 @@ class KVLayer(CacheLayerMixin):
     def __init__(self, context: int):
         super().__init__()
         self.context = context
-        self.room = _round(context)
+        self.room = kv_room(context)
         self.filled = 0  # tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -41,8 +42,8 @@ class KVLayer(CacheLayerMixin):
         end = self.filled + key_states.shape[2]
         self.keys[:, :, self.filled : end] = key_states
         self.values[:, :, self.filled : end] = value_states
-        if end > _round(self.filled):  # `rounded_up` views show what lies here, and multiply by 0
-            self.values[:, :, end : _round(end)] = 0
+        if end > kv_room(self.filled):  # `rounded_up` views show what lies here, and multiply by 0
+            self.values[:, :, end : kv_room(end)] = 0
         self.filled = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
@@ -67,11 +68,7 @@ def rounded_up(states: torch.Tensor) -> torch.Tensor:
     room = states.stride(0) // states.stride(1)
     if room % KV_STEP or states.stride(2) != 1:
         return states
-    return states.as_strided((heads, _round(tokens), width), states.stride())
-
-
-def _round(tokens: int) -> int:
-    return -(-tokens // KV_STEP) * KV_STEP
+    return states.as_strided((heads, kv_room(tokens), width), states.stride())
 
 
 def make_kv_cache(layers: int, context: int) -> Cache:

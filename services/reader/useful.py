@@ -3,7 +3,7 @@
 Look-ahead names its neurons the surest first. Reading one for nothing costs the drive and the
 processors something, and where they are free nobody waits for it. So a layer's prefetch is read as
 far as two neurons of five were of use lately: on the 6.7B shape, where look-ahead names a third
-more neurons than the layer does, reading them all took 1.4 times the bytes (docs/measurements.md).
+more neurons than the layer does, reading them all took 1.4 times the bytes (docs/benchmarks.md).
 Pure.
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import StoreError, UserError
-from common.outputs import check_output, sentences
+from common.outputs import check_output, check_picture, sentences
 
 
 def test_a_place_that_can_be_written_is_left_as_it_is(
@@ -55,3 +55,12 @@ def test_what_the_system_refuses_is_a_sentence(error: OSError, says: str) -> Non
 def test_other_errors_are_left_alone() -> None:
     with pytest.raises(ValueError, match="a bug"), sentences("it stopped"):
         raise ValueError("a bug")
+
+
+def test_a_picture_is_refused_by_its_suffix_before_the_work(tmp_path: Path) -> None:
+    for name in ("a.png", "b.PDF", "c.svg"):
+        check_picture(tmp_path / name)
+    with pytest.raises(UserError, match=r"x\.foo cannot be drawn: end its name in \.png"):
+        check_picture(tmp_path / "x.foo")
+    with pytest.raises(UserError, match="there is no folder"):
+        check_picture(tmp_path / "none" / "x.png")
