@@ -221,7 +221,7 @@ def test_predictors_follow_the_order_of_the_neurons(planted: Planted, store: Sto
     for kind in kinds:
         for layer, order in enumerate(orders):
             old, new = before[kind][layer], after[kind][layer]
-            features = rng.standard_normal((3, old.a.shape[1])).astype(np.float32)
+            features = rng.standard_normal((3, old.a.values.shape[1])).astype(np.float32)
             # Rounded to float16 after a sum over the neurons, in their order.
             assert np.allclose(new.scores(features), old.scores(features)[:, order], atol=0.02)
 
