@@ -20,7 +20,7 @@ from common import lowrank
 from common.cgroup import machine_bytes
 from common.config import Settings, cache_bytes
 from common.errors import SettingError
-from common.limits import KV_STEP, PART_BYTES_MAX, PREFILL_ROWS_MAX
+from common.limits import PART_BYTES_MAX, PREFILL_ROWS_MAX
 from common.policy import slots_by_use
 from common.store.geometry import DTYPE_BYTES, Geometry
 from common.store.store import Store
@@ -125,11 +125,6 @@ def kv_token_bytes(config: dict[str, Any], item_bytes: int) -> int:
     return int(2 * config["num_hidden_layers"] * kv_heads * _head_width(config) * item_bytes)
 
 
-def kv_room(tokens: int) -> int:
-    """Tokens that the KV cache has room for where `tokens` are to fit."""
-    return -(-tokens // KV_STEP) * KV_STEP
-
-
 def _head_width(config: dict[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
@@ -142,7 +137,7 @@ def _fixed_lines(
     computed_bytes = DTYPE_BYTES[geometry.compute_dtype]
     lines = {
         "resident_bytes": store.resident_bytes * computed_bytes // geometry.item_bytes,
-        "kv_bytes": kv_room(context) * kv_token_bytes(config, computed_bytes),
+        "kv_bytes": context * kv_token_bytes(config, computed_bytes),
         "predictors_bytes": _predictors_bytes(resolve_predictor(settings, store), store),
         "workspace_bytes": _workspace_bytes(geometry, config, context),
     }

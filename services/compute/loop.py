@@ -14,6 +14,7 @@ from collections import deque
 
 import torch
 
+from common.kernels import compile_for
 from common.lifecycle import Service
 from common.limits import POLL_S, QUEUE_MAX
 from common.messages import Abort, Admit, Done, Token
@@ -24,6 +25,7 @@ from services.compute.generation import Generation
 from services.compute.kv import make_kv_cache
 from services.compute.model import load_model
 from services.compute.pipeline import Pipeline
+from services.compute.products import Products
 from services.compute.waits import LayerWaits
 
 
@@ -44,10 +46,12 @@ class ComputeLoop:
         self._control = service.receive_from("control")
         self._answers = service.send_to("answers")
         plan = make_plan(service.settings, store)
-        self._pipeline = Pipeline(service, store.geometry, sum(plan.slots))
+        compile_for(store.geometry.dtype, store.geometry.compute_dtype)
+        products = Products(torch.get_num_threads())
+        self._pipeline = Pipeline(service, store.geometry, sum(plan.slots), products)
         self._context = plan.context
         store.check_digests()
-        self._model = load_model(store, self._pipeline)
+        self._model = load_model(store, self._pipeline, products)
         self._vocabulary = int(self._model.config.vocab_size)
         self._kv = make_kv_cache(store.geometry.layers, self._context)
         self._end_ids = read_end_ids(store.config_dir)
