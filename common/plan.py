@@ -29,12 +29,12 @@ from common.store.store import Store
 PROCESS_BYTES = {
     "serve": 32 << 20,
     "gateway": 40 << 20,
-    "compute": 272 << 20,
-    "predictor": 36 << 20,
+    "compute": 320 << 20,
+    "predictor": 88 << 20,
     "reader": 36 << 20,
 }
-# Pages of Python's and torch's shared objects that are mapped; all processes share them.
-LIBRARIES_BYTES = 128 << 20
+# Pages of Python's, torch's and numba's shared objects that are mapped; all processes share them.
+LIBRARIES_BYTES = 160 << 20
 # Sockets, inodes and other objects that the kernel charges to whoever made it keep them.
 KERNEL_BYTES = 24 << 20
 PAGE_BYTES_PER_TABLE_BYTE = 512  # a page table has 8 bytes for 4,096 bytes of memory

@@ -32,22 +32,23 @@ from services.compute.waits import LayerWaits
 def serve(service: Service, store: Store) -> None:
     """Runs until asked to stop."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # One core is left to the reader and the predictor: threads that spin would starve them.
-    torch.set_num_threads(service.settings.threads or max((cores or 2) - 1, 1))
-    loop = ComputeLoop(service, store)
+    threads = service.settings.threads or cores or 1
+    # torch's threads spin after a product, and would starve reader and predictor: one core is left
+    # to them. Ours do not.
+    torch.set_num_threads(max(min(threads, (cores or 2) - 1), 1))
+    loop = ComputeLoop(service, store, Products(threads))
     with torch.inference_mode():
         loop.run()
 
 
 class ComputeLoop:
-    def __init__(self, service: Service, store: Store):
+    def __init__(self, service: Service, store: Store, products: Products):
         self._service = service
         self._store = store
         self._control = service.receive_from("control")
         self._answers = service.send_to("answers")
         plan = make_plan(service.settings, store)
         compile_for(store.geometry.dtype, store.geometry.compute_dtype)
-        products = Products(torch.get_num_threads())
         self._pipeline = Pipeline(service, store.geometry, sum(plan.slots), products)
         self._context = plan.context
         store.check_digests()
