@@ -83,7 +83,7 @@ def _take(blocks: Iterator[int], step: int, count: int, work: Callable[[int, int
 def bits_of(values: torch.Tensor) -> Bits:
     """The numbers of a contiguous tensor as the kernels take them, flat, not copied."""
     name = str(values.dtype).removeprefix("torch.")
-    flat = values.detach().reshape(-1)
+    flat = values.detach().view(-1)  # no copy: raises for what is not contiguous
     if values.element_size() == 2:
         flat = flat.view(torch.int16)
     return flat.numpy().view(BITS[name])

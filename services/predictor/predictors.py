@@ -15,7 +15,6 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from common.kernels import compile_for
 from common.lowrank import Floats, Ids, ahead_features, read_predictors
 from common.store.store import Store
 
@@ -99,10 +98,11 @@ class LowRank:
     """Names what the fitted factors in the store name: see common/lowrank.py."""
 
     def __init__(self, store: Store):
-        compile_for("int8")
         factors = read_predictors(store)
         self._same, self._ahead = factors["same"], factors["ahead"]
         self._latest: dict[int, Floats] = {}  # by layer: the newest token's input, [1, hidden]
+        # Compiles what it takes, for an input as messages bring it, so that no token waits for it.
+        self.name(0, np.frombuffer(bytes(4 * store.geometry.hidden), np.float32)[None])
 
     def name(self, layer: int, x: Floats) -> Ids:
         return self._same[layer].name(x)
