@@ -113,15 +113,17 @@ class Fetches:
         """Brings the slots in use toward `slots`, over all layers; see cache.resize."""
         return resize(self.each_pool(), slots, min(SLOTS_MIN, self._geometry.neurons))
 
-    def take(self, fetch: Fetch, now_ns: int) -> list[Resident]:
-        """Takes a Fetch up: answers a demand's hits. `BadFetchError` if it makes no sense."""
+    def take(self, fetch: Fetch, now_ns: int, busy: float = 1.0) -> list[Resident]:
+        """Takes a Fetch up: answers a demand's hits. `BadFetchError` if it makes no sense.
+
+        The busier the drive (`busy`, the share of the time), the surer a prefetch has to be."""
         ids = self._check(fetch)
         if fetch.prefetch:
             if self._is_late(fetch):
                 self.late_prefetches += 1
             else:
                 self._begin(fetch, -1)
-                self.ahead.take(fetch, ids)
+                self.ahead.take(fetch, ids, busy)
             return []
         if fetch.step in self._dropped:  # its Drop came by the shorter way
             self.late_fetches += 1

@@ -7,6 +7,7 @@ It trusts no message: a senseless one is counted and dropped.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterable
 
@@ -28,6 +29,8 @@ from services.reader.groups import Group
 from services.reader.probe import choose_backend
 from services.reader.verify import Verifier
 
+PAUSE_NS = int(0.2e9)  # with nothing to read for so long, there is no work
+BUSY_NS = int(1e9)  # the time over which the drive's busy share is averaged
 PUBLISH_NS = int(POLL_S * 1e9)  # sooner than the heartbeat that carries the counters
 
 
@@ -65,6 +68,8 @@ class ReadTime:
         self._groups = 0
         self._since_ns = 0
         self._ns = 0
+        self.busy = 1.0
+        """The share of the time lately; a pause of the work is no time."""
 
     @property
     def reading(self) -> bool:
@@ -85,8 +90,12 @@ class ReadTime:
         return taken
 
     def _count(self, now_ns: int) -> None:
+        passed_ns = now_ns - self._since_ns
         if self._groups:
-            self._ns += now_ns - self._since_ns
+            self._ns += passed_ns
+        if self._groups or passed_ns < PAUSE_NS:
+            part = 1 - math.exp(-passed_ns / BUSY_NS)
+            self.busy += part * ((self._groups > 0) - self.busy)
         self._since_ns = now_ns
 
 
@@ -154,7 +163,8 @@ class Reader:
         for message in self._fetch.receive():
             assert isinstance(message, Fetch)
             try:
-                self._send(self._fetches.take(message, time.monotonic_ns()))
+                now_ns, busy = time.monotonic_ns(), self._read_time.busy
+                self._send(self._fetches.take(message, now_ns, busy))
             except BadFetchError as error:
                 self._service.count("bad_messages")
                 self._service.log.debug("refused", reason=str(error))
@@ -236,6 +246,7 @@ class Reader:
             "late_prefetches": fetches.late_prefetches,
             "unreadable_prefetches": ahead.unreadable,
             "evictions": sum(pool.evictions for pool in pools),
+            "drive_busy_permille": round(self._read_time.busy * 1000),
             "slots": sum(pool.usable for pool in pools),
             "slots_resident": sum(pool.resident for pool in pools),
             "reads": self._reads,
