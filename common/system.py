@@ -94,7 +94,9 @@ def _wear(folder: Path) -> int | None:
     texts = [_text(folder / "device/life_time")]
     health = "device/health_descriptor/life_time_estimation_"
     texts += [_text(folder / f"{health}{kind}") for kind in "ab"]
-    steps = [int(step, 16) for text in texts if text for step in re.findall(r"0x[0-9a-fA-F]+", text)]
+    steps = [
+        int(step, 16) for text in texts if text for step in re.findall(r"0x[0-9a-fA-F]+", text)
+    ]
     known = [step for step in steps if step]
     return min(_LIFE_STEP * max(known), 100) if known else None
 

@@ -28,7 +28,8 @@ from common.outputs import sentences as saying
 from common.system import DriveFacts, Limits, drive_facts, limits, swap_written_bytes
 from inflash._rundir import default_run_dir
 
-BAR = 40  # columns of the longest
+BAR = 32  # columns of the longest
+FILE_COLUMNS = 120
 SAID = {
     "drive": "reading the drive", "memory": "reading memory", "products": "multiplying",
     "predictor": "predicting", "processes": "serving a small model",
@@ -158,6 +159,8 @@ def _write(file: Path, machine: Machine) -> None:
 def show(found: Diagnosis) -> None:
     """Tables, a chart, sentences."""
     console = Console(highlight=False)
+    if not console.is_terminal:  # a file has room
+        console.width = FILE_COLUMNS
     console.print(Group(_machine_table(found), "", _products_table(found.machine), ""))
     console.print(_chart(found.machine.drive))
     console.print()
@@ -175,24 +178,29 @@ def _machine_table(found: Diagnosis) -> Table:
     table.add_column()
     drive = machine.drive
     if facts is not None:
-        table.add_row("drive", " · ".join([f"{facts.name} {facts.model or ''}".strip(),
-                                           _told("{:.0f} °C", facts.temperature_c, "temperature"),
-                                           _told("{} % worn", facts.wear_percent, "wear")]))  # fmt: skip
+        table.add_row("drive", " · ".join([
+            f"{facts.name} {facts.model or ''}".strip(),
+            _told("{:.0f} °C", facts.temperature_c, "temperature"),
+            _told("{} % worn", facts.wear_percent, "wear"),
+        ]))  # fmt: skip
     alone = "" if drive.latency_us is None else f" · alone {drive.latency_us:,.0f} µs"
     table.add_row("a read", f"{drive.read_us:.1f} µs + {drive.byte_ns * 1.024:.2f} µs a KiB{alone}")
     table.add_row("while this ran", f"{_size(found.drive_read_bytes)} read,"
                   f" {_size(found.drive_written_bytes)} written,"
                   f" {_size(found.swap_written_bytes)} to swap")  # fmt: skip
-    table.add_row("memory", f"{decimal(limits.memory_bytes)} ·"
-                  f" {decimal(int(machine.memory_bytes_per_s))}/s ({machine.memory_way})")  # fmt: skip
+    speed = f"{decimal(int(machine.memory_bytes_per_s))}/s ({machine.memory_way})"
+    table.add_row("memory", f"{decimal(limits.memory_bytes)} · {speed}")
     table.add_row("processor", f"{machine.processor} · {machine.cores} cores")
     table.add_row("a layer's processes", f"{machine.layer_ms:.2f} ms a token")
     table.add_row("a server's start", f"{machine.start_s:.1f} s")
-    table.add_row("limits", f"/dev/shm {_size(limits.shm_free_bytes)} free of"
-                  f" {_size(limits.shm_bytes)} · memlock {_limit(limits.memlock_bytes, True)} ·"
-                  f" open files {_limit(limits.open_files)} · asynchronous reads"
-                  f" {_limit(limits.aio_events_max)} · swap {decimal(limits.swap_bytes)} ·"
-                  f" {'a cgroup limits memory' if limits.memory_limited else 'no cgroup limit'}")  # fmt: skip
+    group = "a cgroup limits memory" if limits.memory_limited else "no cgroup limit"
+    table.add_row("limits", " · ".join([
+        f"/dev/shm {_size(limits.shm_free_bytes)} free of {_size(limits.shm_bytes)}",
+        f"memlock {_limit(limits.memlock_bytes, True)}",
+        f"open files {_limit(limits.open_files)}",
+        f"asynchronous reads {_limit(limits.aio_events_max)}",
+        f"swap {decimal(limits.swap_bytes)}", group,
+    ]))  # fmt: skip
     return table
 
 
@@ -217,8 +225,9 @@ def _products_table(machine: Machine) -> Table:
 def _chart(drive: Drive) -> Table:
     """A bar for each size, at the depth that a server keeps; beside it what the cost model says."""
     depths = sorted({int(point["depth"]) for point in drive.points})
+    title = f"the drive, GB/s by the size of a read, {depths[-1]} in flight"
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title_style="bold",
-                  title=f"the drive, GB/s by the size of a read, {depths[-1]} in flight")  # fmt: skip
+                  title=title)  # fmt: skip
     table.add_column("read", justify="right")
     table.add_column("")
     for heading in (f"{depths[-1]}", *[f"{depth} in flight" for depth in depths[-2::-1]],

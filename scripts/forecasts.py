@@ -85,7 +85,9 @@ def main(
         for budget in budgets:
             speed = forecaster.at(budget).speed
             if speed is None:
-                raise UserError(f"{decimal(budget)} are too few: {forecaster.smallest_bytes:,} work")
+                raise UserError(
+                    f"{decimal(budget)} are too few: {forecaster.smallest_bytes:,} work"
+                )
             found += compare(speed, budget, serve(described.store, budget, context, questions))
             _ERR.print(f"{decimal(budget)} done")
     except (UserError, InflashError, ValueError) as error:

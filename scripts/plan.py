@@ -48,8 +48,8 @@ def _size(_: click.Context, option: click.Parameter, text: str | None) -> int | 
 @click.option(
     "--drive",
     metavar="PROFILE",
-    help="Another drive: a file that `inflash doctor` wrote, or a data sheet's speed and 4 KiB reads"
-    " per second, as 3.5GB/s@600k.",
+    help="Another drive: a file that `inflash doctor` wrote, or a data sheet's speed and 4 KiB"
+    " reads per second, as 3.5GB/s@600k.",
 )
 @click.option(
     "--machine",
@@ -84,7 +84,8 @@ def main(
     are foretold. How sparse the model is and how much its tokens share comes from its fitted store,
     or from what was published of its family.
 
-    The plan of a store's memory line by line, as a server makes it, is `inflash serve STORE --plan`.
+    `inflash serve STORE --plan` is the plan of a store's memory, line by line, as a server makes
+    it.
 
     \b
       inflash plan facebook/opt-6.7b --memory 8GB
@@ -198,18 +199,18 @@ def show(
 def _verdict(model: Described, forecaster: Forecaster, found: Forecast) -> str:
     if not found.fits or found.plan is None:
         return (
-            f"Does not fit in {decimal(found.memory_bytes)}: the smallest budget that works is"
-            f" {decimal(forecaster.smallest_bytes)}."
+            f"Does not fit in {_bytes(found.memory_bytes)}: the smallest budget that works is"
+            f" {_bytes(forecaster.smallest_bytes)}."
         )
     lines = found.plan.lines()
     weights = ("resident", "kv", "predictors", "cache")
     others = sum(size for name, size in lines.items() if name not in weights)
     return (
-        f"Fits in {decimal(found.memory_bytes)}: resident weights {decimal(lines['resident'])},"
-        f" keys and values {decimal(lines['kv'])} ({found.plan.context:,} tokens), predictors"
-        f" {decimal(lines['predictors'])}, processes {decimal(others)}; the cache gets"
-        f" {decimal(lines['cache'])}, {found.cache_share:.0%} of the"
-        f" {decimal(model.geometry.ffn_bytes)} on flash."
+        f"Fits in {_bytes(found.memory_bytes)}: resident weights {_bytes(lines['resident'])},"
+        f" keys and values {_bytes(lines['kv'])} ({found.plan.context:,} tokens), predictors"
+        f" {_bytes(lines['predictors'])}, processes {_bytes(others)}; the cache gets"
+        f" {_bytes(lines['cache'])}, {found.cache_share:.0%} of the"
+        f" {_bytes(model.geometry.ffn_bytes)} on flash."
     )
 
 
@@ -242,9 +243,9 @@ def _sizes(rows: list[Forecast], asked: Forecast, knee: Forecast | None) -> Tabl
         ) if is_it]  # fmt: skip
         style = "bold" if notes else None
         if row.plan is None:
-            table.add_row(decimal(row.memory_bytes), *["–"] * 8, "does not fit", style=style)
+            table.add_row(_bytes(row.memory_bytes), *["–"] * 8, "does not fit", style=style)
             continue
-        told = [decimal(row.memory_bytes), decimal(row.plan.cache_bytes), f"{row.cache_share:.0%}"]
+        told = [_bytes(row.memory_bytes), _bytes(row.plan.cache_bytes), f"{row.cache_share:.0%}"]
         table.add_row(*told, *_told(row.speed), ", ".join(notes), style=style)
     return table
 
@@ -254,7 +255,8 @@ def _told(speed: Speed | None) -> list[str]:
         return ["–"] * 6
     span: Range = speed.tokens_per_s
     return [
-        f"{speed.window_tokens:,}", f"{speed.hit_rate:.0%}", decimal(int(speed.bytes_per_token)),
+        "all" if speed.window_tokens is None else f"{speed.window_tokens:,}",
+        f"{speed.hit_rate:.0%}", _bytes(speed.bytes_per_token),
         _number(span.expected), f"{_number(span.low)}–{_number(span.high)}",
         f"{_number(speed.first_token_s.expected)} s",
     ]  # fmt: skip
@@ -272,13 +274,13 @@ def _sentences(
                     f" {found.speed.start_s:.0f} s.")  # fmt: skip
     if knee is not None and knee.speed is not None:
         said.append(
-            f"The knee is at {decimal(knee.memory_bytes)}:"
-            f" {_number(knee.speed.tokens_per_s.expected)} tokens/s; from there on more memory gains"
-            f" less and less, and beyond {decimal(forecaster.largest_bytes)} nothing."
+            f"The knee is at {_bytes(knee.memory_bytes)}:"
+            f" {_number(knee.speed.tokens_per_s.expected)} tokens/s; from there on more memory"
+            f" gains less and less, and beyond {_bytes(forecaster.largest_bytes)} nothing."
         )
     elif machine is not None:
         said.append(
-            f"More memory gains little here: from {decimal(forecaster.smallest_bytes)} on, reads"
+            f"More memory gains little here: from {_bytes(forecaster.smallest_bytes)} on, reads"
             " are not what a token waits for."
         )
     said.append(
@@ -290,30 +292,34 @@ def _sentences(
     if not behaviour.fitted:
         said.append(
             "It is foretold as it will be once `inflash fit` has made its predictors:"
-            f" {decimal(forecaster.predictors_bytes)} of them, by their usual ranks."
+            f" {_bytes(forecaster.predictors_bytes)} of them, by their usual ranks."
         )
     if machine is None:
         said.append(
-            "No cost model of this machine: run `inflash doctor` once, and speeds are foretold, too."
+            "No cost model of this machine: run `inflash doctor` once, and speeds are foretold."
         )
     else:
         said.append(
-            f"Speeds are of {machine.host} as measured {machine.made}, drive: {machine.drive.source};"
-            f" a range is the expectation divided and multiplied by {forecaster.spread:.1f}"
-            " (docs/forecast.md)."
+            f"Speeds are of {machine.host} as measured {machine.made}, drive:"
+            f" {machine.drive.source}; a range is the expectation divided and multiplied by"
+            f" {forecaster.spread:.1f} (docs/forecast.md)."
         )
     return said
 
 
 def _disk(model: Described) -> str:
     if model.kind == "store":
-        return f"The store is there: {decimal(model.store_bytes)}."
+        return f"The store is there: {_bytes(model.store_bytes)}."
     both = model.store_bytes + model.checkpoint_bytes
     download = "the download" if model.kind in ("Hub", "config.json") else "the checkpoint"
     return (
-        f"Disk: a conversion writes {decimal(model.store_bytes)} beside {download} of"
-        f" {decimal(model.checkpoint_bytes)}, {decimal(both)} together; {download} can go afterwards."
+        f"Disk: a conversion writes {_bytes(model.store_bytes)} beside {download} of"
+        f" {_bytes(model.checkpoint_bytes)}, {_bytes(both)} together; {download} can go afterwards."
     )
+
+
+def _bytes(size: float) -> str:
+    return decimal(int(size), precision=2)
 
 
 def _mean(shares: tuple[float, ...]) -> float:

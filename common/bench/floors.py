@@ -23,6 +23,7 @@ from common.store.geometry import DTYPE_BYTES
 from common.store.store import Store
 from common.store.tensors import read_header
 
+
 @dataclass(frozen=True)
 class Touched:
     """Bytes that a token's products read from memory, each once."""

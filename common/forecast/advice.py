@@ -1,4 +1,4 @@
-"""The doctor's sentences: what inflash chose on this machine, and what its owner may change. Pure."""
+"""The doctor's sentences: what inflash chose on this machine, and what to change. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAYS = {
     "buffered": "by threads, through the page cache",
 }
 CORES_FEW = 4  # four processes share them
-SLOW_PROMPT = 4.0  # so many times as long as in float32: worth a sentence
+SLOW_PROMPT = 2.0  # so many times as long as in float32: worth a sentence
 DRIVE_SLOW_BYTES_PER_S = 1e9
 ERROR_LARGE = 0.35
 WEAR_LARGE = 80  # percent
@@ -40,9 +40,7 @@ def sentences(
     ]
 
 
-def warnings(
-    facts: DriveFacts | None, limits: Limits, swapped_bytes: int | None
-) -> list[str]:
+def warnings(facts: DriveFacts | None, limits: Limits, swapped_bytes: int | None) -> list[str]:
     """Those of them that say that something is wrong."""
     return [*_health(facts), *_limits(limits), *_swap(limits, swapped_bytes)]
 
@@ -131,18 +129,20 @@ def _processors(machine: Machine) -> Iterator[str]:
         )
     half, single = machine.decode["float16"]["resident"], machine.decode["float32"]["resident"]
     if half < single:
+        items = single / 4 / (half / 2)
         yield (
-            f"A float16 matrix is multiplied at {decimal(int(half))}/s, one of float32 at"
-            f" {decimal(int(single))}/s: this processor has no fast half precision, and float16"
-            f" saves {100 * (1 - single / half / 2):.0f} % of the time where it saves half of the"
-            " memory."
+            f"This processor has no fast half precision: a float16 matrix is multiplied at"
+            f" {decimal(int(half))}/s, one of float32 at {decimal(int(single))}/s. A"
+            f" float16 model's resident weights take {items:.1f} times as long as they would in"
+            " float32, in half of its memory."
         )
     rows = machine.block_rows[-1]
-    slower = machine.block["float16"]["resident"][-1] / machine.block["float32"]["resident"][-1] * 2
-    if slower / 4 > SLOW_PROMPT / 2:
+    longer = 2 * machine.block["float16"]["resident"][-1]
+    longer /= 4 * machine.block["float32"]["resident"][-1]
+    if longer > SLOW_PROMPT:
         yield (
-            f"A prompt in float16 takes {slower / 4:.1f} times as long as one in float32 here (blocks"
-            f" of {rows} tokens): long prompts will be slow."
+            f"A prompt of a float16 model takes {longer:.1f} times as long as one in float32"
+            f" here (blocks of {rows} tokens): long prompts will be slow."
         )
 
 

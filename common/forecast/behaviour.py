@@ -97,7 +97,7 @@ def behaviour_of(model: Described) -> Behaviour:
 def _report(
     store: Store,
 ) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...] | None, tuple[float, ...]]:
-    """What fires, and misses where the fit has counted them; `named_shares` has checked the rest."""
+    """What fires, and the misses where the fit counted them. `named_shares` checked the rest."""
     report = json.loads((store.path / REPORT).read_bytes())
     rows = report["layers"]
     fired = tuple(float(row["active"]) for row in rows)

@@ -27,7 +27,7 @@ from common.store.geometry import DTYPE_BYTES
 
 SPREAD = 1.6  # measured runs lay within the expectation divided and multiplied by it
 SPREAD_PUBLISHED = 2.0  # where how much tokens share is not the store's own
-WINDOW_MAX = 4096  # tokens; a cache that holds more holds what matters
+WINDOW_MAX = 1024  # tokens; a cache that holds more holds what matters
 ROWS = 8  # of the table over memory sizes
 GRID = 33  # sizes among which the knee is looked for
 KNEE_GAIN_MIN = 0.1  # below it more memory gains nothing worth a knee
@@ -51,8 +51,11 @@ class Range:
 class Speed:
     """What is foretold of a size of cache."""
 
-    window_tokens: int  # whose neurons the cache holds
-    hit_rate: float
+    window_tokens: int | None  # whose neurons the cache holds; None: it holds all there are
+    hit_rate: (
+        float  # of what a layer names, as an answer's figures count: look-ahead's reads are in
+    )
+    cached_rate: float  # of that, what the cache holds from earlier tokens
     bytes_per_token: float
     token: Token  # warm, by cause
     tokens_per_s: Range  # warm: other text was answered before
@@ -171,7 +174,8 @@ class Forecaster:
         around = Range.around
         return Speed(
             window_tokens=self._window(shares),
-            hit_rate=1 - missed / max(work.named, 1e-9),
+            hit_rate=1 - missed * work.demand_share / max(work.named, 1e-9),
+            cached_rate=1 - missed / max(work.named, 1e-9),
             bytes_per_token=work.read * geometry.stride_bytes,
             token=warm,
             tokens_per_s=around(1e3 / warm.total, self.spread),
@@ -232,17 +236,17 @@ class Forecaster:
                 break
         return held
 
-    def _window(self, shares: Sequence[float]) -> int:
+    def _window(self, shares: Sequence[float]) -> int | None:
         """Tokens that a cache remembers: as many as it takes to fill it."""
         most, few, many = sum(shares) / len(shares), 0, WINDOW_MAX
+        if self._union(many, most) < most:
+            return None
         while few < many:
             middle = -(-(few + many) // 2)
             few, many = (middle, many) if self._union(middle, most) < most else (few, middle - 1)
         return few
 
-    def _first_token_ms(
-        self, machine: Machine, plan: Plan, prompt: int, cached: float
-    ) -> float:
+    def _first_token_ms(self, machine: Machine, plan: Plan, prompt: int, cached: float) -> float:
         geometry = self._model.geometry
         resident = computed_bytes(geometry, self._model.multiplied_bytes)
         if prompt <= PREDICT_ROWS_MAX:  # predicted; of a longer one layers are streamed whole

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_session, hf_hub_url
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from common.errors import UserError
 
@@ -62,7 +62,9 @@ class Repository:
             raise UserError(f"{where} is no safetensors file: it has {len(raw)} bytes")
         wanted = _LENGTH + int.from_bytes(raw[:_LENGTH], "little")
         if wanted > HEADER_BYTES_MAX:
-            raise UserError(f"{where} is no safetensors file: its header would have {wanted:,} bytes")
+            raise UserError(
+                f"{where} is no safetensors file: its header would have {wanted:,} bytes"
+            )
         if len(raw) < wanted:
             raw = self._first(file, wanted) or b""
         if len(raw) < wanted:

@@ -129,7 +129,7 @@ def load_machine(path: Path) -> Machine:
         content = json.loads(path.read_bytes())
         if content["version"] != VERSION:
             raise ValueError(f"it is of version {content['version']}, and this reads {VERSION}")
-        drive = Drive(**{**content.pop("drive")})
+        drive = Drive(**content.pop("drive"))
         machine = Machine(**content, drive=dataclasses.replace(drive, points=tuple(drive.points)))
         _check(machine)
     except FileNotFoundError:

@@ -22,11 +22,14 @@ def draw_drive(drive: Drive, path: Path) -> None:
     for place, depth in enumerate(depths):
         own = [p for p in drive.points if p["depth"] == depth]
         own.sort(key=lambda point: point["read_bytes"])
-        axes.plot([p["read_bytes"] / 1024 for p in own], [p["bytes_per_s"] / 1e9 for p in own],
-                  "o-", color=OURS, alpha=(place + 1) / len(depths), label=f"{depth} in flight")  # fmt: skip
-    axes.plot([size / 1024 for size in sizes], [size / drive.seconds(1, size) / 1e9 for size in sizes],
-              "--", color=LINE,
-              label=f"{drive.read_us:.1f} µs + {drive.byte_ns * 1.024:.2f} µs a KiB")  # fmt: skip
+        across, up = ([p[key] for p in own] for key in ("read_bytes", "bytes_per_s"))
+        axes.plot(
+            [size / 1024 for size in across], [speed / 1e9 for speed in up], "o-", color=OURS,
+            alpha=(place + 1) / len(depths), label=f"{depth} in flight",
+        )  # fmt: skip
+    modelled = [size / drive.seconds(1, size) / 1e9 for size in sizes]
+    cost = f"{drive.read_us:.1f} µs + {drive.byte_ns * 1.024:.2f} µs a KiB"
+    axes.plot([size / 1024 for size in sizes], modelled, "--", color=LINE, label=cost)
     axes.set_xscale("log", base=2)
     axes.set_xticks([size / 1024 for size in sizes], [f"{size // 1024}" for size in sizes])
     axes.set_xlabel("KiB in a read")

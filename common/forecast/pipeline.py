@@ -1,4 +1,5 @@
-"""What a layer costs in processes and messages: `python -m common.forecast.pipeline`, one JSON line.
+"""What a layer costs in processes and messages: `python -m common.forecast.pipeline`, one line of
+JSON.
 
 A real server on a planted model so small that its products take next to no time, all of its FFN
 cached: what is left of a token is Python, messages and the schedule of the four processes.

@@ -111,7 +111,7 @@ def _of_store(store: Store) -> Described:
     }
     tokenizer = store.config_dir / TOKENIZER
     return Described(
-        name=store.path.name, kind="store", config=config, family=store.family,
+        name=str(store.path), kind="store", config=config, family=store.family,
         activation=store.activation, geometry=store.geometry, resident_bytes=store.resident_bytes,
         multiplied_bytes=multiplied_bytes(sizes), store=store, notes=(),
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
@@ -124,7 +124,7 @@ def _of_folder(folder: Path) -> Described:
         raise StoreError(f"{folder} is neither store nor checkpoint: it has no {where.name}")
     tokenizer = folder / TOKENIZER
     return _of_config(
-        folder.absolute().name,
+        str(folder),
         "checkpoint",
         read_object(where.read_bytes(), str(where)),
         _folder_headers(folder),
