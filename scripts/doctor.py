@@ -140,8 +140,8 @@ def diagnose(where: Path, file: Path) -> Diagnosis:
     after, swapped_after = drive_facts(where), swap_written_bytes()
     return Diagnosis(
         machine, after, limits(),
-        _since(before and before.bytes_read, after and after.bytes_read),
-        _since(before and before.bytes_written, after and after.bytes_written),
+        _since(before.bytes_read, after.bytes_read) if before and after else None,
+        _since(before.bytes_written, after.bytes_written) if before and after else None,
         _since(swapped, swapped_after), file,
     )  # fmt: skip
 

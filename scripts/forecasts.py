@@ -15,9 +15,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -107,6 +109,7 @@ def make_questions(
 ) -> list[Question]:
     """Prompts and answers, of a text's windows or drawn."""
     length = prompt + tokens
+    rows: npt.NDArray[np.integer[Any]]
     if text is not None:
         from common.learn.windows import windows_of
 

@@ -212,13 +212,13 @@ class Forecaster:
 
     def _cold_misses(self, shares: Sequence[float]) -> list[float]:
         """Misses of each of the first tokens: an empty cache holds what was missed so far. What a
-        prompt has streamed through it is there by chance, and counts as its share."""
+        prompt has streamed through the rest of it is there by chance."""
         behaviour, neurons = self._behaviour, self._model.geometry.neurons
         held, found = [0.0] * len(shares), []
         for _ in range(TOKENS_COLD):
             missed = 0.0
             for layer, share in enumerate(shares):
-                chance = max(share - held[layer], 0.0)
+                chance = (share - held[layer]) / max(1 - held[layer], 1e-9)
                 new = behaviour.named[layer] * behaviour.missed(layer, held[layer])
                 missed += new * (1 - chance)
                 held[layer] = min(held[layer] + new, share)

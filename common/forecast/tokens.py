@@ -29,7 +29,7 @@ DEMAND_FALL = 0.75  # and how that falls as the cache grows by what is named
 EXPOSED_AHEAD = 0.3  # of the time of reads made ahead, that compute still waits for
 WASTE_MOST = 0.25  # read ahead for nothing, of what is missed
 WASTE_FROM, WASTE_OVER = 0.5, 2.0  # caches, by what is named, from which and over which it grows
-PART_SHARE = 0.5  # of a layer's process time, for a part of a streamed layer
+PART_SHARE = 0.3  # of a layer's process time, for a part of a streamed layer
 
 
 @dataclass(frozen=True)

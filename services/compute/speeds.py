@@ -12,6 +12,7 @@ counted as float32. measure.py compares other ways to make the same products.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -74,7 +75,7 @@ def block(dtype: str) -> dict[str, list[float]]:
             h = (x @ rows.gather("up", slots).float().T).relu()
             out.addmm_(h, rows.gather("down", slots).float())
 
-        seconds = _seconds(lambda some=some: linear(some), BLOCK_TURNS)
+        seconds = _seconds(functools.partial(linear, some), BLOCK_TURNS)
         found["resident"].append(seconds / linear.weight.nbytes)
         found["ffn"].append(_seconds(ffn, BLOCK_TURNS) / (BLOCK_OUT * geometry.bundle_bytes))
     return found
