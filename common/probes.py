@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 from common.errors import UserError
 from common.launch import CHECKOUT
+from common.limits import STOP_S
+
+END_S = 2 * STOP_S  # after a Ctrl-C; then it is killed
 
 
 def measure_drive(where: Path, *options: str) -> dict[str, Any]:
@@ -34,10 +38,24 @@ def measure_pipeline() -> dict[str, Any]:
 
 
 def _program(module: str, *arguments: str) -> dict[str, Any]:
+    """Runs a program in a session of its own, so that a Ctrl-C reaches it once, and by us: it has
+    a server to end and files to take away."""
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-        raise UserError(f"python -m {module} ended with status {done.returncode}: {why}")
-    found: dict[str, Any] = json.loads(done.stdout)
+    with subprocess.Popen(
+        command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate()
+        except BaseException:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.communicate(timeout=END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    if process.returncode:
+        why = (err.strip().splitlines() or ["it gave no reason"])[-1]
+        raise UserError(f"python -m {module} ended with status {process.returncode}: {why}")
+    found: dict[str, Any] = json.loads(out)
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ def main(where: Path, output: Path | None, plot: Path | None, as_json: bool) -> 
       inflash doctor ~/stores/opt-6.7b --plot drive.png
     """
     file = output or default_run_dir() / FILE
+    # As Ctrl-C does: probes and their files are not to outlive us.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with saying("the doctor stopped"):
             if output is None:

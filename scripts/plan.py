@@ -103,7 +103,7 @@ def main(
             asked = memory or machine_bytes() // 2
             found = forecaster.at(asked)
             rows = forecaster.table(asked)
-            knee = forecaster.knee()
+            knee = forecaster.knee
             if plot:
                 _draw(described, forecaster, rows, knee, plot)
     except UserError as error:
@@ -208,7 +208,7 @@ def _verdict(model: Described, forecaster: Forecaster, found: Forecast) -> str:
     return (
         f"Fits in {_bytes(found.memory_bytes)}: resident weights {_bytes(lines['resident'])},"
         f" keys and values {_bytes(lines['kv'])} ({found.plan.context:,} tokens), predictors"
-        f" {_bytes(lines['predictors'])}, processes {_bytes(others)}; the cache gets"
+        f" {_bytes(lines['predictors'])}, processes and their room {_bytes(others)}; the cache gets"
         f" {_bytes(lines['cache'])}, {found.cache_share:.0%} of the"
         f" {_bytes(model.geometry.ffn_bytes)} on flash."
     )

@@ -7,7 +7,9 @@ expectation divided and multiplied by a factor that measured runs lay within (do
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,12 +136,13 @@ class Forecaster:
     def table(self, asked: int) -> list[Forecast]:
         """Forecasts from the smallest size to the largest, `asked` and the knee among them."""
         sizes = {self.smallest_bytes, self.largest_bytes, asked}
-        if (knee := self.knee()) is not None:
+        if (knee := self.knee) is not None:
             sizes.add(knee.memory_bytes)
         for place in range(1, ROWS - 1):
             sizes.add(self._between(place / (ROWS - 1)))
         return [self.at(size) for size in sorted(sizes)]
 
+    @functools.cached_property
     def knee(self) -> Forecast | None:
         """Where more memory begins to gain little: the size whose speed lies furthest above the
         straight line from the smallest to the largest. None where memory gains next to nothing, or
@@ -225,32 +228,29 @@ class Forecaster:
             found.append(neurons * missed)
         return found
 
-    def _union(self, tokens: int, most: float = 1.0) -> float:
-        """Share of the FFN that some tokens name together."""
+    @functools.cached_property
+    def _unions(self) -> list[float]:
+        """Share of the FFN that 0, 1, 2, ... tokens name together, up to WINDOW_MAX."""
         behaviour, layers = self._behaviour, self._model.geometry.layers
-        held = 0.0
-        for _ in range(tokens):
-            new = [behaviour.named[n] * behaviour.missed(n, held) for n in range(layers)]
-            held = min(held + sum(new) / layers, 1.0)
-            if held >= most:
-                break
-        return held
+        unions = [0.0]
+        for _ in range(WINDOW_MAX):
+            held = unions[-1]
+            new = sum(behaviour.named[n] * behaviour.missed(n, held) for n in range(layers))
+            unions.append(min(held + new / layers, 1.0))
+        return unions
 
     def _window(self, shares: Sequence[float]) -> int | None:
         """Tokens that a cache remembers: as many as it takes to fill it."""
-        most, few, many = sum(shares) / len(shares), 0, WINDOW_MAX
-        if self._union(many, most) < most:
+        most = sum(shares) / len(shares)
+        if self._unions[-1] < most:
             return None
-        while few < many:
-            middle = -(-(few + many) // 2)
-            few, many = (middle, many) if self._union(middle, most) < most else (few, middle - 1)
-        return few
+        return max(0, bisect.bisect_right(self._unions, most) - 1)
 
     def _first_token_ms(self, machine: Machine, plan: Plan, prompt: int, cached: float) -> float:
         geometry = self._model.geometry
         resident = computed_bytes(geometry, self._model.multiplied_bytes)
         if prompt <= PREDICT_ROWS_MAX:  # predicted; of a longer one layers are streamed whole
-            touched, parts = self._union(prompt), geometry.layers
+            touched, parts = self._unions[prompt], geometry.layers
         else:
             touched, parts = 1.0, sum(self._parts(slots) for slots in plan.slots)
         return prompt_ms(machine, geometry, resident, prompt, touched, cached, parts)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from click.testing import CliRunner
 from common import probes
 from common.forecast import probe
 from common.forecast.machine import load_machine
+from common.launch import CHECKOUT
 from scripts import doctor, plan
 from services.reader import measure
 from tests.conftest import Made
@@ -63,3 +68,23 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(doctor.main, [str(tmp_path), "--output", str(tmp_path / "a/b.json")])
     assert done.exit_code == 1
     assert "cannot be written" in done.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    output, where = tmp_path / "machine.json", tmp_path / "drive"
+    where.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-m", "scripts.doctor", str(where), "--output", str(output)],
+        cwd=CHECKOUT, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not list(where.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert list(where.iterdir()), "the file to read is being written"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "nothing was written" in err
+    assert list(where.iterdir()) == []
+    assert not output.exists()
