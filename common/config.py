@@ -56,7 +56,7 @@ class Settings:
     lookahead: str = "on"  # off: nothing is read before its layer asks
     context: int = 2048  # tokens of prompt and answer, at most what the model can
     backend: str = "auto"  # how bundles are read: auto, aio or threads
-    threads: int = 0  # of compute; 0: one less than there are cores, at least one
+    threads: int = 0  # of compute; 0: as many as there are cores
     log_level: str = "info"
     parent: int | None = None  # process id; a service ends when this process is no more its parent
 

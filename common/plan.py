@@ -21,7 +21,7 @@ from common import lowrank
 from common.cgroup import machine_bytes
 from common.config import Settings, cache_bytes
 from common.errors import SettingError
-from common.limits import KV_STEP, PART_BYTES_MAX, PREFILL_ROWS_MAX
+from common.limits import PART_BYTES_MAX, PREFILL_ROWS_MAX
 from common.policy import slots_by_use
 from common.store.geometry import DTYPE_BYTES, Geometry
 from common.store.store import Store
@@ -30,12 +30,12 @@ from common.store.store import Store
 PROCESS_BYTES = {
     "serve": 32 << 20,
     "gateway": 40 << 20,
-    "compute": 272 << 20,
-    "predictor": 36 << 20,
+    "compute": 320 << 20,
+    "predictor": 88 << 20,
     "reader": 36 << 20,
 }
-# Pages of Python's and torch's shared objects that are mapped; all processes share them.
-LIBRARIES_BYTES = 128 << 20
+# Pages of Python's, torch's and numba's shared objects that are mapped; all processes share them.
+LIBRARIES_BYTES = 160 << 20
 # Sockets, inodes and other objects that the kernel charges to whoever made it keep them.
 KERNEL_BYTES = 24 << 20
 PAGE_BYTES_PER_TABLE_BYTE = 512  # a page table has 8 bytes for 4,096 bytes of memory
@@ -172,11 +172,6 @@ def kv_token_bytes(config: Mapping[str, Any], item_bytes: int) -> int:
     return int(2 * config["num_hidden_layers"] * kv_heads * _head_width(config) * item_bytes)
 
 
-def kv_room(tokens: int) -> int:
-    """Tokens that the KV cache has room for where `tokens` are to fit."""
-    return -(-tokens // KV_STEP) * KV_STEP
-
-
 def _head_width(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
@@ -187,7 +182,7 @@ def _fixed_lines(needs: Needs, context: int) -> dict[str, int]:
     computed_bytes = DTYPE_BYTES[geometry.compute_dtype]
     lines = {
         "resident_bytes": needs.resident_bytes * computed_bytes // geometry.item_bytes,
-        "kv_bytes": kv_room(context) * kv_token_bytes(needs.config, computed_bytes),
+        "kv_bytes": context * kv_token_bytes(needs.config, computed_bytes),
         "predictors_bytes": needs.predictors_bytes,
         "workspace_bytes": _workspace_bytes(geometry, needs.config, context),
     }

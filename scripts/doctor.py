@@ -210,7 +210,7 @@ def _machine_table(found: Diagnosis) -> Table:
 def _products_table(machine: Machine) -> Table:
     few, many = machine.block_rows
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title_style="bold",
-                  title=f"products, GB/s, {machine.threads} of {machine.cores} cores")  # fmt: skip
+                  title=f"products, GB/s, {machine.threads} threads")  # fmt: skip
     table.add_column("number format")
     headings = ("resident", "named rows", "firing rows", "keys, values",
                 f"prompt of {few}", f"of {many}")  # fmt: skip

@@ -228,7 +228,7 @@ class _Bench:
         }
 
     def _rival(self, name: str) -> Contender:
-        python, work = self.options.python, self._work(self.options.rival_tokens, rival=True)
+        python, work = self.options.python, self._work(self.options.rival_tokens)
         if name == "accelerate":
             offload = self.scratch / "offload"
             return contenders.accelerate(self.made.checkpoint, offload, work, self.cap, python)
@@ -250,7 +250,7 @@ class _Bench:
         python, work = self.options.python, self._work(self.options.tokens)
         why = contenders.absent("plain", python)
         plain = why or contenders.plain(
-            self.made.checkpoint, self._work(self.options.tokens, rival=True), python
+            self.made.checkpoint, self._work(self.options.tokens), python
         )
         self.report.note("everything cached")
         return studies.everything_cached(
@@ -268,25 +268,22 @@ class _Bench:
             if options.remove and ready.folder != self.made.folder:
                 shutil.rmtree(ready.folder)
 
-    def _work(self, tokens: int, *, rival: bool = False) -> Work:
-        return self._work_of(self.options.prompt, tokens, rival=rival)
+    def _work(self, tokens: int) -> Work:
+        return self._work_of(self.options.prompt, tokens)
 
     def _work_of(
         self,
         prompt: int,
         tokens: int | None = None,
         *,
-        rival: bool = False,
         shape: Shape | None = None,
     ) -> Work:
-        """A prompt of so many tokens, drawn; rivals compute on all cores, inflash leaves one to
-        its reader and predictor."""
+        """A prompt of so many tokens, drawn; everybody computes on all cores."""
         vocabulary = (shape or self.shape).config.vocab_size
         path = self.scratch / f"prompt-{prompt}-{vocabulary}.json"
         ids = np.random.default_rng(PROMPT_SEED).integers(0, vocabulary, prompt)
         path.write_text(json.dumps(ids.tolist()))
-        threads = self.cores if rival else max(1, self.cores - 1)
-        return Work(path, self.options.tokens if tokens is None else tokens, threads)
+        return Work(path, self.options.tokens if tokens is None else tokens, self.cores)
 
 
 def machine() -> Figures:

@@ -68,9 +68,8 @@ def _chosen(machine: Machine) -> Iterator[str]:
         if not isinstance(why, float):
             yield f"This drive cannot be read {WAYS[way]}: {why}."
     yield (
-        f"The server's reader keeps {READS_IN_FLIGHT_MAX} reads in flight; compute takes"
-        f" {machine.threads} of {machine.cores} cores, and leaves the others to reader and"
-        " predictor."
+        f"The server's reader keeps {READS_IN_FLIGHT_MAX} reads in flight; compute's products go by"
+        f" {machine.threads} threads, which give way to reader and predictor."
     )
 
 

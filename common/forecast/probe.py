@@ -38,7 +38,7 @@ def probe(where: Path, tell: Callable[[str], None] = lambda stage: None) -> Mach
     tell("memory")
     memory = probes.measure_memory()
     tell("products")
-    threads = max(1, cores() - 1)
+    threads = cores()
     speeds = probes.measure_products("--threads", f"{threads}")
     tell("predictor")
     predictor = _predictor_bytes_per_s()

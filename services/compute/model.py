@@ -14,10 +14,11 @@ from common.store.store import Store
 from services.compute.attention import ATTENTION
 from services.compute.ffn import FlashFFN
 from services.compute.linear import multiply_rows
-from services.compute.pipeline import TORCH_DTYPES, Pipeline
+from services.compute.pipeline import Pipeline
+from services.compute.products import Products
 
 
-def load_model(store: Store, pipeline: Pipeline) -> Any:
+def load_model(store: Store, pipeline: Pipeline, products: Products) -> Any:
     """The store's model with its resident weights; FFN weights are never allocated."""
 
     def flash_ffn(layer: int) -> FlashFFN:
@@ -25,10 +26,10 @@ def load_model(store: Store, pipeline: Pipeline) -> Any:
         return FlashFFN(layer, store.geometry, store.activation, biases, pipeline)
 
     config = AutoConfig.from_pretrained(store.config_dir)
-    dtype = TORCH_DTYPES[store.geometry.compute_dtype]
+    dtype = getattr(torch, store.geometry.compute_dtype)
     model: nn.Module = build_skeleton(config, flash_ffn, dtype, attention=ATTENTION)
     load_resident(model, store.resident_paths())
-    multiply_rows(model)
+    multiply_rows(model, products)
 
     def tell(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden = args[0] if args else named["hidden_states"]

@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from common.kernels import compile_for
 from common.lowrank import Floats, Ids, ahead_features, read_predictors
 from common.store.store import Store
 
@@ -98,6 +99,7 @@ class LowRank:
     """Names what the fitted factors in the store name: see common/lowrank.py."""
 
     def __init__(self, store: Store):
+        compile_for("int8")
         factors = read_predictors(store)
         self._same, self._ahead = factors["same"], factors["ahead"]
         self._latest: dict[int, Floats] = {}  # by layer: the newest token's input, [1, hidden]

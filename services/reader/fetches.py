@@ -102,6 +102,7 @@ class Fetches:
         self._fetches: dict[tuple[int, int], Progress] = {}
         self._groups = Groups(geometry, bundling)
         self._read_for: dict[int, Progress] = {}  # by the tag of a demand's group
+        self._landed: set[int] = set()  # layers in which a group landed since `groups` looked
         self.ahead = Lookahead(geometry, self.pools, self._groups)
 
     def each_pool(self) -> list[Pool]:
@@ -130,8 +131,9 @@ class Fetches:
 
     def groups(self, now_ns: int) -> Iterator[Group | Resident]:
         """What can go on now: groups to read, and parts that another fetch has brought by now."""
+        landed, self._landed = self._landed, set()
         for progress in self._fetches.values():
-            if len(progress.todo):
+            if len(progress.todo) and progress.fetch.layer in landed:
                 yield from self._hits(progress, now_ns)
             if len(progress.todo) and progress.in_flight < PARTS_IN_FLIGHT_MAX:
                 yield from self._next_groups(progress)
@@ -141,6 +143,7 @@ class Fetches:
     def land(self, tag: int, now_ns: int) -> list[Resident]:
         """All reads of a group are over and right."""
         group = self._groups.end(tag)
+        self._landed.add(group.layer)
         if group.fetch.prefetch:
             self.ahead.land(group)
             return []
