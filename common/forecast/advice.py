@@ -127,13 +127,13 @@ def _processors(machine: Machine) -> Iterator[str]:
             " would with four or more."
         )
     half, single = machine.decode["float16"]["resident"], machine.decode["float32"]["resident"]
-    if half < single:
-        items = single / 4 / (half / 2)
+    longer = single / 4 / (half / 2)
+    if longer > 1:
         yield (
             f"This processor has no fast half precision: a float16 matrix is multiplied at"
-            f" {decimal(int(half))}/s, one of float32 at {decimal(int(single))}/s. A"
-            f" float16 model's resident weights take {items:.1f} times as long as they would in"
-            " float32, in half of its memory."
+            f" {decimal(int(half))}/s, one of float32 at {decimal(int(single))}/s. A float16"
+            f" model's resident weights take {longer:.1f} times as long as they would in float32,"
+            " in half of its memory."
         )
     rows = machine.block_rows[-1]
     longer = 2 * machine.block["float16"]["resident"][-1]

@@ -68,7 +68,7 @@ def test_the_way_of_reading_is_the_readers_and_a_faster_one_is_named() -> None:
 
 def test_slow_half_precision_is_told() -> None:
     assert "no fast half precision" not in said()
-    half = {"resident": 5e9, "named": 5e9, "fired": 8e9, "context": 4e9}
+    half = {"resident": 4e9, "named": 5e9, "fired": 8e9, "context": 4e9}
     assert "no fast half precision" in said(decode={**MACHINE.decode, "float16": half})
     block = {**MACHINE.block, "float16": {"resident": [2e-9, 3e-8], "ffn": [1e-9, 4e-9]}}
     assert "A prompt of a float16 model takes 7.5 times as long" in said(block=block)
