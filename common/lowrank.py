@@ -41,6 +41,7 @@ PICTURE = "predictors.png"
 FILES = (PREDICTORS, REPORT, PICTURE)
 EMBEDDING = -1  # as a layer: what enters layer 0, from which layer 0 is looked ahead
 AHEAD_PARTS = 3
+CACHE_SHARES = (0.02, 0.05, 0.1, 0.25, 0.5)  # of a layer, that the report's misses are for
 
 
 def ahead_features(

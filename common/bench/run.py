@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from common import probes
 from common.bench import ablation, contenders, floors, made, studies
 from common.bench.contenders import RIVALS, Contender, Work, run_rounds
 from common.bench.figures import Figures, summarise, summarise_inflash
@@ -28,6 +29,7 @@ from common.errors import SettingError, UserError
 from common.model.convert import Report
 from common.plan import make_plan
 from common.store.store import Store
+from common.system import cores, processor
 from inflash import __version__
 
 NAMES = ("inflash", *RIVALS)
@@ -209,7 +211,7 @@ class _Bench:
             if "failed" in figures:
                 raise UserError(f"inflash did not run: {figures['failed']}")
         self.report.note("measuring the floors: drive and memory")
-        drive, memory = floors.measure_drive(self.made.store), floors.measure_memory()
+        drive, memory = probes.measure_drive(self.made.store), probes.measure_memory()
         limits = floors.make_floors(self.store, measured, drive, memory)
         result: Figures = {"inflash": measured}
         for name in RIVALS:
@@ -284,28 +286,14 @@ class _Bench:
         return Work(path, self.options.tokens if tokens is None else tokens, self.cores)
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine() -> Figures:
     """What the figures depend on, and what else was running."""
     load: Any = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores(),
         "memory_bytes": machine_bytes(),
         "load_before": load,  # of the last minute, before the first run
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
