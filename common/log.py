@@ -3,7 +3,8 @@
     <run dir>/log/<service>.jsonl      one event per line: event, level, time, service, its fields
     <run dir>/log/<service>.jsonl.1    the events before, if there were more than LOG_BYTES_MAX
 
-Events are nouns. Fields that every event has where it can: request, step, layer.
+Events are nouns. Fields that every event has where it can: request, step, layer. What happens in
+every layer is no event but a span: common/spans.py.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from __future__ import annotations
 import datetime
 import logging
 import sys
-import time
-from collections.abc import Iterable
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,9 +22,6 @@ from structlog.typing import EventDict, FilteringBoundLogger
 from common.limits import LOG_BYTES_MAX
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-
-Note = tuple[float, str, dict[str, Any]]
-"""A frequent event, kept to be written later: time in seconds, name, fields."""
 
 
 class LogFile:
@@ -39,26 +35,15 @@ class LogFile:
         folder = run_dir / "log"
         folder.mkdir(mode=0o700, exist_ok=True)
         logging.raiseExceptions = False  # it would report a full disk on stderr, line by line
-        self._service = service
         self._json = structlog.processors.JSONRenderer()
         self._handler = RotatingFileHandler(
             folder / f"{service}.jsonl", maxBytes=LOG_BYTES_MAX, backupCount=1, encoding="utf-8"
         )
 
-    def append(self, *events: EventDict) -> None:
-        """Writes events, a line each, all at once."""
-        lines = "\n".join(str(self._json(None, "", event)) for event in events)
-        self._handler.handle(logging.makeLogRecord({"msg": lines}))
-
-    def append_notes(self, notes: Iterable[Note]) -> None:
-        """Writes frequent events that were noted before."""
-        common = {"service": self._service, "level": "info"}
-        events = [
-            {"event": name, "time": _iso(seconds), **common, **fields}
-            for seconds, name, fields in notes
-        ]
-        if events:
-            self.append(*events)
+    def append(self, event: EventDict) -> None:
+        """Writes an event, a line."""
+        line = str(self._json(None, "", event))
+        self._handler.handle(logging.makeLogRecord({"msg": line}))
 
     def close(self) -> None:
         self._handler.close()
@@ -75,12 +60,8 @@ def open_log(file: LogFile, service: str, level: str) -> FilteringBoundLogger:
     return bound
 
 
-def _iso(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
-
-
 def _add_time(_: Any, method: str, event: EventDict) -> EventDict:
-    event["time"] = _iso(time.time())
+    event["time"] = datetime.datetime.now(datetime.UTC).isoformat()
     return event
 
 
@@ -91,9 +72,9 @@ def _add_level(_: Any, method: str, event: EventDict) -> tuple[tuple[EventDict],
 
 class _Output:
     """Writes each event to the file as JSON, and to the terminal, as text, what a person who
-    watches a server wants to see: how bundles are read, requests that ended, and what is wrong."""
+    watches a server wants to see: how bundles are read, and what is wrong."""
 
-    SHOWN = frozenset({"backend", "finished", "refused", "vanished"})
+    SHOWN = frozenset({"backend", "refused", "vanished"})
 
     def __init__(self, file: LogFile, terminal: TextIO):
         self._file = file

@@ -41,6 +41,10 @@ class Report:
             "settings": _plain(dataclasses.asdict(settings)),
         }
 
+    def facts(self) -> dict[str, Any]:
+        """What does not change."""
+        return self._fixed
+
     def make(self, watch: Watch, requests: Requests, counters: Mapping[str, int]) -> dict[str, Any]:
         """The report of this moment."""
         queue = {
@@ -54,6 +58,7 @@ class Report:
             **self._fixed,
             "queue": queue,
             "counters": dict(counters),
+            "figures": requests.totals.report(),
         }
 
 
