@@ -30,7 +30,7 @@ from common.links import Link
 from common.log import LogFile, open_log
 from common.messages import Fault, Health, Ready
 from common.pagecache import forget_imports
-from common.spans import Recorder, SpanFile
+from common.spans import NO_LAYER, NO_REQUEST, NO_STEP, Recorder, RunDelay, SpanFile
 from common.store.store import Store
 from inflash._errors import InflashError
 from inflash._wire import VERSION
@@ -55,6 +55,8 @@ class Service:
         self._started = time.monotonic()
         self.spans = Recorder()
         self._span_file = SpanFile(settings.run_dir, name)
+        self._delay = RunDelay(threading.get_native_id())
+        self._beaten_ns = time.monotonic_ns()
 
     def receive_from(self, link: str) -> Link:
         """The receiving, binding end of a link; closed when the service ends."""
@@ -94,6 +96,13 @@ class Service:
         bad = self.counters.get("bad_messages", 0) + dropped
         return self.counters | {"bad_messages": bad, "spans_lost": self.spans.lost}
 
+    def _write_spans(self) -> None:
+        if self.settings.trace == "on":
+            since_ns, self._beaten_ns = self._beaten_ns, time.monotonic_ns()
+            at = NO_REQUEST, NO_STEP, NO_LAYER, since_ns, self._beaten_ns
+            self.spans.add("beat", *at, *self._delay.take())
+        self._span_file.append(self.spans.take())
+
     def health(self) -> Health:
         return Health(
             self.name,
@@ -113,7 +122,7 @@ class Service:
                     message = self.health()
                 if message is None:
                     return
-                self._span_file.append(self.spans.take())
+                self._write_spans()
                 if self.settings.parent not in (None, os.getppid()):
                     self.stop()  # whoever started us was killed: nobody else will end us
                 with contextlib.suppress(LinkError):  # a gateway that is gone ends us by signal
@@ -141,7 +150,8 @@ class Service:
         self._outgoing.put(None)
         if self._heart.is_alive():
             self._heart.join(timeout=2 * SEND_S)
-        self._span_file.append(self.spans.take())
+        self._write_spans()
+        self._delay.close()
         for link in self._links:
             link.close()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -47,6 +48,52 @@ class LogFile:
 
     def close(self) -> None:
         self._handler.close()
+
+
+class Tail:
+    """The lines that are added to a log from now on, through its rotation."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._rest = ""
+        self._file: TextIO | None = None
+        self._open(from_end=True)
+
+    def read(self) -> list[str]:
+        """The whole lines that are new."""
+        lines: list[str] = []
+        while True:
+            if self._file is None and not self._open(from_end=False):
+                return lines
+            assert self._file is not None
+            *whole, self._rest = (self._rest + self._file.read()).split("\n")
+            lines += whole
+            if not self._was_rotated():
+                return lines
+            *whole, self._rest = (self._rest + self._file.read()).split("\n")  # its very end
+            lines += whole
+            self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file, self._rest = None, ""
+
+    def _open(self, *, from_end: bool) -> bool:
+        try:
+            self._file = self._path.open(encoding="utf-8")
+        except FileNotFoundError:
+            return False
+        if from_end:
+            self._file.seek(0, os.SEEK_END)
+        return True
+
+    def _was_rotated(self) -> bool:
+        assert self._file is not None
+        try:
+            return self._path.stat().st_ino != os.fstat(self._file.fileno()).st_ino
+        except FileNotFoundError:
+            return False
 
 
 def open_log(file: LogFile, service: str, level: str) -> FilteringBoundLogger:

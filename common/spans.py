@@ -9,8 +9,8 @@ A file is a row of msgpack arrays, each written at once by the heart thread:
     span: [name, request, step, layer, start_ns, ns, field, field, ...]
 
 `start_ns` is `time.monotonic_ns()`, one clock for all processes of a machine; the fields are those
-that SPANS lists. step and layer are -1 where there is none. A torn tail, which a process that was
-killed leaves, is skipped.
+that SPANS lists. request, step and layer are -1 where there is none. A torn tail, which a process
+that was killed leaves, is skipped.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import msgpack
 from common.limits import SPANS_BYTES_MAX, SPANS_MAX
 
 VERSION = 1
+NO_REQUEST = -1
 NO_STEP = -1
 NO_LAYER = -1
 
@@ -38,6 +39,11 @@ COUNTS = (
 """Fields of a `layer` span: LayerWaits' own (services/compute/waits.py)."""
 
 SPANS: dict[str, dict[str, tuple[str, ...]]] = {
+    "all": {
+        # Of its loop's thread since the last: it ran cpu_ns, and was ready for delayed_ns more
+        # in which it had no core, by the kernel's count.
+        "beat": ("cpu_ns", "delayed_ns"),
+    },
     "gateway": {
         "request": ("ordinal", "prompt_tokens", "new_tokens"),  # from arrival to its last word
         "queue": ("ordinal", "prompt_tokens"),  # from arrival until compute is given it
@@ -66,8 +72,9 @@ SPANS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "reader": {
         "fetch": ("prefetch", "named", "missing"),  # taken up, looked up, hits sent
-        # A group's reads, from submit to the last; then its checksums took verify_ns.
-        "read": ("prefetch", "neurons", "reads", "bytes", "verify_ns"),
+        # A group's reads, from submit to the last; then its checksums took verify_ns. `part`: as
+        # which compute gets it; -1: as no part of its own.
+        "read": ("prefetch", "part", "neurons", "reads", "bytes", "verify_ns"),
     },
 }
 FIELDS = {name: fields for spans in SPANS.values() for name, fields in spans.items()}
@@ -122,6 +129,33 @@ class Recorder:
     def take(self) -> list[Row]:
         """All that are kept, oldest first; they are kept no more."""
         return [self._rows.popleft() for _ in range(len(self._rows))]
+
+
+class RunDelay:
+    """What the kernel says of one thread: how long it ran, and waited for a core."""
+
+    def __init__(self, thread: int):
+        """`thread` is a native id of this process. Where the kernel does not count, all is 0."""
+        try:
+            path = f"/proc/self/task/{thread}/schedstat"
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._file = -1
+        self._last = 0, 0
+        self.take()
+
+    def take(self) -> tuple[int, int]:
+        """Nanoseconds since the last take: on a core, and ready without one."""
+        if self._file < 0:
+            return 0, 0
+        cpu_ns, delayed_ns = map(int, os.pread(self._file, 64, 0).split()[:2])
+        before, self._last = self._last, (cpu_ns, delayed_ns)
+        return cpu_ns - before[0], delayed_ns - before[1]
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 class SpanFile:

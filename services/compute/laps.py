@@ -6,12 +6,12 @@ nothing else here is.
 
 from __future__ import annotations
 
-import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from common.spans import NO_LAYER, Recorder
+from common.spans import NO_LAYER, Recorder, RunDelay
 
 
 class Products:
@@ -49,7 +49,7 @@ class Laps:
         self._recorder = recorder
         self._request = 0
         self._token_ns = self.at_ns
-        self._delay = RunDelay()
+        self._delay = RunDelay(threading.get_native_id())
 
     def begin(self, request: int, trace: bool) -> None:
         """A request's time begins."""
@@ -58,9 +58,9 @@ class Laps:
         self._delay.take()
         self.products.take()
 
-    def lap(self, name: str, layer: int = NO_LAYER, *fields: int) -> int:
-        """Ends a lap, a span of that name; its nanoseconds."""
-        began_ns, self.at_ns = self.at_ns, time.monotonic_ns()
+    def lap(self, name: str, layer: int = NO_LAYER, *fields: int, at_ns: int = 0) -> int:
+        """Ends a lap, a span of that name, now or at `at_ns`; its nanoseconds."""
+        began_ns, self.at_ns = self.at_ns, at_ns or time.monotonic_ns()
         if self.trace:
             self._recorder.add(name, self._request, self.step, layer, began_ns, self.at_ns, *fields)
         return self.at_ns - began_ns
@@ -73,26 +73,5 @@ class Laps:
     def token(self, index: int) -> None:
         """A token was sent: the span around all laps since the one before."""
         if self.trace:
-            self.since("token", self._token_ns, NO_LAYER, index, self._delay.take())
+            self.since("token", self._token_ns, NO_LAYER, index, self._delay.take()[1])
         self._token_ns = self.at_ns
-
-
-class RunDelay:
-    """How long this thread was ready to run and had no core, by the kernel's count."""
-
-    def __init__(self) -> None:
-        """For the thread that makes it. Where the kernel does not count, all is 0."""
-        try:
-            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self._file = -1
-        self._last_ns = 0
-        self.take()
-
-    def take(self) -> int:
-        """Nanoseconds since the last take."""
-        if self._file < 0:
-            return 0
-        fields = os.pread(self._file, 64, 0).split()
-        last_ns, self._last_ns = self._last_ns, int(fields[1])
-        return self._last_ns - last_ns

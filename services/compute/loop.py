@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import time
 from collections import deque
 
@@ -16,6 +15,7 @@ import torch
 
 from common.lifecycle import Service
 from common.limits import POLL_S, QUEUE_MAX
+from common.machine import cores
 from common.messages import Abort, Admit, Done, Token
 from common.plan import make_plan
 from common.spans import NO_LAYER
@@ -30,9 +30,8 @@ from services.compute.waits import LayerWaits
 
 def serve(service: Service, store: Store) -> None:
     """Runs until asked to stop."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # One core is left to the reader and the predictor: threads that spin would starve them.
-    torch.set_num_threads(service.settings.threads or max((cores or 2) - 1, 1))
+    torch.set_num_threads(service.settings.threads or max(cores() - 1, 1))
     loop = ComputeLoop(service, store)
     with torch.inference_mode():
         loop.run()

@@ -145,8 +145,9 @@ class Pipeline:
                     if isinstance(message, Unreadable):
                         raise StepFailedError("reader", message.reason)
                     stamps = message.named_ns, message.taken_ns, message.landed_ns
-                    causes = waits.add(since_ns, time.monotonic_ns(), *stamps)
-                    self.laps.lap("wait", layer, message.part, *causes)
+                    came_ns = time.monotonic_ns()
+                    causes = waits.add(since_ns, came_ns, *stamps)
+                    self.laps.lap("wait", layer, message.part, *causes, at_ns=came_ns)
                     return message
             if self._aborted() or not self._service.running():
                 raise StepAbortedError

@@ -9,6 +9,7 @@ from typing import Any
 
 from common.config import Settings
 from common.limits import QUEUE_MAX
+from common.machine import core_cache_bytes, cores
 from common.plan import Plan
 from common.store.store import Store
 from services.gateway.health import Watch
@@ -37,6 +38,7 @@ class Report:
                 "tokenizer": prompts.tokenizer is not None,
                 "chat_template": prompts.has_chat_template,
             },
+            "machine": {"cores": cores(), "core_cache_bytes": core_cache_bytes()},
             "plan": _plain(dataclasses.asdict(plan)),
             "settings": _plain(dataclasses.asdict(settings)),
         }

@@ -198,14 +198,16 @@ class Reader:
         wrong = self._verifier.wrong(group.layer, group.ids, group.slots)
         now_ns = time.monotonic_ns()
         self._verify_ns += now_ns - began_ns
-        if group.fetch.trace:
-            counts = len(group.ids), len(group.reads), group.bytes_read, now_ns - began_ns
-            self._trace("read", group.fetch, read_ns, *counts, until_ns=began_ns)
         if len(wrong):
             reason = self._blame(group.layer, int(wrong[0]), "checksum mismatch")
             self._fail(group, wrong, reason)
         else:
-            self._send(self._fetches.land(completion.tag, now_ns))
+            answers = self._fetches.land(completion.tag, now_ns)
+            self._send(answers)
+            if group.fetch.trace:
+                part = answers[0].part if answers else -1
+                counts = len(group.ids), len(group.reads), group.bytes_read, now_ns - began_ns
+                self._trace("read", group.fetch, read_ns, part, *counts, until_ns=began_ns)
 
     def _trace(
         self, name: str, fetch: Fetch, began_ns: int, *fields: int, until_ns: int = 0
