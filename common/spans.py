@@ -231,7 +231,7 @@ class SpanReader:
                 continue
             self.wall_minus_monotonic_ns = wall_ns - monotonic_ns
             for row in rows:
-                if row[0] in FIELDS and len(row) == 6 + len(FIELDS[row[0]]):
+                if _is_whole(row):
                     name, request, step, layer, start_ns, ns, *fields = row
                     yield Span(name, request, step, layer, start_ns, ns, tuple(fields))
 
@@ -258,8 +258,15 @@ def _records(unpacker: msgpack.Unpacker) -> Iterator[tuple[int, int, int, tuple[
     """Whole records; nothing more of a file that is damaged."""
     try:
         for record in unpacker:
-            if not isinstance(record, tuple) or len(record) != 4:
+            if not isinstance(record, tuple) or [type(v) for v in record] != [int] * 3 + [tuple]:
                 return
             yield record
     except (ValueError, msgpack.UnpackException):
         return
+
+
+def _is_whole(row: Any) -> bool:
+    """Whether this is a span of ours: one that is not comes of a damaged file."""
+    if not isinstance(row, tuple) or not row or row[0] not in FIELDS:
+        return False
+    return len(row) == 6 + len(FIELDS[row[0]]) and all(type(value) is int for value in row[1:])
