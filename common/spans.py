@@ -267,6 +267,6 @@ def _records(unpacker: msgpack.Unpacker) -> Iterator[tuple[int, int, int, tuple[
 
 def _is_whole(row: Any) -> bool:
     """Whether this is a span of ours: one that is not comes of a damaged file."""
-    if not isinstance(row, tuple) or not row or row[0] not in FIELDS:
+    if not isinstance(row, tuple) or not row or type(row[0]) is not str or row[0] not in FIELDS:
         return False
     return len(row) == 6 + len(FIELDS[row[0]]) and all(type(value) is int for value in row[1:])

@@ -45,6 +45,8 @@ CAUSES = {
 K_PER_DOUBLING = 0.87
 ABSENT_MAX = 0.4  # share of the named neurons not in the cache, above which it is too small
 SLOW_READ = 5.0  # times the third quartile of all reads: a slow one
+MEMORY_GB_PER_S_MIN = 4.0  # slower than this no memory is: products that read slower wait for
+# themselves (small matrices, and the calls that multiply them)
 NS = 1e6
 
 
@@ -96,6 +98,18 @@ class Evidence:
     lookahead: str
     predictor: str
 
+    @property
+    def gb_per_s(self) -> float:
+        """How fast products read weights."""
+        return self.touched_bytes / max(self.causes["compute"], 1e-9) / 1e6
+
+    @property
+    def from_memory(self) -> bool:
+        """Whether products wait for memory: more bytes than the cores' caches hold, read as fast
+        as memories are."""
+        large = self.touched_bytes > self.core_cache_bytes
+        return large and self.gb_per_s >= MEMORY_GB_PER_S_MIN
+
 
 def judge(run: Run) -> Verdict:
     """The verdict on a run."""
@@ -111,8 +125,7 @@ def decide(found: Evidence) -> Verdict:
     if bound == "flash":
         cause = _of_flash(found)
     elif bound == "compute":
-        from_memory = found.touched_bytes > found.core_cache_bytes
-        cause = "memory_bandwidth" if from_memory else "cores"
+        cause = "memory_bandwidth" if found.from_memory else "cores"
     share = ms / found.wall if found.wall else 0.0
     remedies = tuple(sorted(_remedies(found), key=lambda r: r.gain, reverse=True))
     sentence = f"{_because(found, cause, ms, share)}{_help(remedies)}"
@@ -133,7 +146,6 @@ def _of_flash(found: Evidence) -> str:
 
 def _because(found: Evidence, cause: str, ms: float, share: float) -> str:
     of = f"{share:.0%} of a token's {found.wall:.1f} ms"
-    rate = found.touched_bytes / max(found.causes["compute"], 1e-9) / 1e6  # GB/s
     return {
         "flash": f"Flash bounds this run: {of} are waiting for reads.",
         "slow_reads": (
@@ -154,12 +166,12 @@ def _because(found: Evidence, cause: str, ms: float, share: float) -> str:
             f"Cores bound this run: {of} are"
             + (" lost by processes that could run and had no core."
                if found.cores >= found.causes["compute"]
-               else f" products, of {found.touched_bytes / 1e6:,.0f} MB that lie in the cores'"
-               " caches.")
+               else f" products, which read {found.touched_bytes / 1e6:,.0f} MB of weights at"
+               f" {found.gb_per_s:.1f} GB/s: the cores' own work, not memory's.")
         ),
         "memory_bandwidth": (
             f"Memory bandwidth bounds this run: {of} are products, which read"
-            f" {found.touched_bytes / 1e6:,.0f} MB of weights at {rate:.1f} GB/s."
+            f" {found.touched_bytes / 1e6:,.0f} MB of weights at {found.gb_per_s:.1f} GB/s."
         ),
         "python": (
             f"Python bounds this run: {of} are the model's own code around its products, and"
@@ -197,8 +209,8 @@ def _remedies(found: Evidence) -> list[Remedy]:
         saved[f"fewer threads (--threads {found.cores_count - 1 or 1})"] = found.cores
     else:
         saved["a core more, or fewer other programs on these"] = found.cores
-    if found.touched_bytes > found.core_cache_bytes:
-        saved["memory that is twice as fast"] = found.causes["compute"] / 2
+    what = "memory that is" if found.from_memory else "cores that are"
+    saved[f"{what} twice as fast"] = found.causes["compute"] / 2
     return [
         Remedy(change, found.wall / (found.wall - ms) - 1)
         for change, ms in saved.items()

@@ -115,7 +115,13 @@ def test_products_in_the_cores_caches_are_bound_by_cores() -> None:
     maker = Maker()
     maker.request(50, 9, ffn=900)
     verdict = judge(maker.run(machine={"core_cache_bytes": 10**9}))
-    assert (verdict.cause, "caches" in verdict.sentence) == ("cores", True)
+    assert (verdict.cause, "cores' own work" in verdict.sentence) == ("cores", True)
+
+
+def test_products_that_read_slower_than_any_memory_do_not_wait_for_it() -> None:
+    maker = Maker()
+    maker.request(50, 9, ffn=50_000)
+    assert judge(maker.run()).cause == "cores"
 
 
 def test_gains_are_of_the_time_that_would_be_saved() -> None:

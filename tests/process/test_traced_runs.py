@@ -65,7 +65,7 @@ def ask(client: Client, prompt: str = "def read(path):\n", **options: Any) -> An
 def test_a_run_from_spans_to_page(demo: Store, run_dir: Path, tmp_path: Path) -> None:
     """One server for all: requests, its figures, and then every form of its trace."""
     port = free_port()
-    with serving(demo, run_dir, cache="25%", metrics=str(port)) as client:
+    with serving(demo, run_dir, cache="25%", metrics=str(port), context="1024") as client:
         first = ask(client)
         ask(client, "import os\n" * 200, max_new_tokens=6)  # its prompt takes some steps
         ask(client, trace=False)
@@ -215,7 +215,7 @@ def the_page_is_drawn(run_dir: Path, page: Path, folder: Path) -> None:
         capture_output=True, text=True, timeout=90, check=False,
     )  # fmt: skip
     assert "Uncaught" not in browser.stderr
-    assert browser.stdout.count("<svg") == 5
+    assert len(re.findall(r'<svg viewBox="0 0 \d', browser.stdout)) == 5
     assert browser.stdout.count("<rect") > 500
     picture = os.environ.get("TRACE_PICTURE") or str(folder / "page.png")
     subprocess.run(
@@ -234,7 +234,7 @@ def test_the_page_in_a_browser() -> None:
 PLANTED = {
     "slow_reads": {"cache": "25%", "slow": "reads:1%:900ms"},
     "predictor": {"cache": "100%", "slow": "predictor:30ms"},
-    "cache": {"cache": "2%", "predictor": "all", "slow": "reads:100%:5ms"},
+    "cache": {"cache": "2%", "slow": "reads:100%:10ms"},
 }
 
 
@@ -244,7 +244,7 @@ def test_a_planted_cause_is_named(demo: Store, run_dir: Path, cause: str) -> Non
     with serving(demo, run_dir, **PLANTED[cause]) as client:
         if cause == "predictor" and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(client.status()["services"]["predictor"]["pid"], {_a_core()})
-        ask(client, max_new_tokens=24)
+        ask(client)
     verdict = found(run_dir)["verdict"]
     assert verdict["cause"] == cause, verdict["sentence"]
     assert verdict["remedies"][0]["gain"] > 0.2
