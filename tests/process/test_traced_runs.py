@@ -9,8 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,8 @@ from common.messages import SERVICES
 from common.model.convert import convert
 from common.spans import read_spans
 from common.store.store import Store
-from common.trace.run import Run, load_run
-from common.trace.tokens import LEAVES
+from common.trace.run import load_run
+from common.trace.tokens import CAUSES, LEAVES
 from common.trace.verdict import CAUSES as VERDICTS
 from inflash import Client
 from tests.conftest import serving
@@ -61,35 +64,38 @@ def ask(client: Client, prompt: str = "def read(path):\n", **options: Any) -> An
     return answer.stats
 
 
-@pytest.mark.timeout(300)
-def test_a_run_from_spans_to_page(demo: Store, run_dir: Path, tmp_path: Path) -> None:
-    """One server for all: requests, its figures, and then every form of its trace."""
+@dataclass(frozen=True)
+class Served:
+    """What is left of a server that answered four requests; the third was not to be traced."""
+
+    run_dir: Path
+    first: Any  # the first answer's Stats
+    report: dict[str, Any]
+    metrics: str
+
+
+@pytest.fixture(scope="module")
+def served(demo: Store) -> Iterator[Served]:
     port = free_port()
-    with serving(demo, run_dir, cache="25%", metrics=str(port), context="1024") as client:
-        first = ask(client)
-        ask(client, "import os\n" * 200, max_new_tokens=6)  # its prompt takes some steps
-        ask(client, trace=False)
-        cancelled = client.generate("class ", **LONG)
-        next(cancelled)
-        cancelled.cancel()
-        list(cancelled)
-        report = client.status()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            metrics = answer.read().decode()
-    figures_are_those_of_answers(report, first, metrics)
-    run = load_run(run_dir)
-    spans_are_complete_and_nest(run, demo.geometry.layers)
-    times_agree_with_the_answer(run, first)
-    causes_add_up(found(run_dir))
-    one_request_can_be_asked_for(run_dir)
-    perfetto_opens(run_dir, tmp_path / "trace.json", run)
-    the_page_is_drawn(run_dir, tmp_path / "trace.html", tmp_path)
-    text = trace(run_dir)
-    assert "verdict: " in text.stdout
-    assert text.stderr == ""
+    with tempfile.TemporaryDirectory(prefix="inflash-test-") as folder:
+        run_dir = Path(folder)
+        options = {"cache": "25%", "metrics": str(port), "context": "1024"}
+        with serving(demo, run_dir, **options) as client:
+            first = ask(client)
+            ask(client, "import os\n" * 200, max_new_tokens=6)  # its prompt takes some steps
+            ask(client, trace=False)
+            cancelled = client.generate("class ", **LONG)
+            next(cancelled)
+            cancelled.cancel()
+            list(cancelled)
+            report = client.status()
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                metrics = answer.read().decode()
+        yield Served(run_dir, first, report, metrics)
 
 
-def figures_are_those_of_answers(report: dict[str, Any], stats: Any, metrics: str) -> None:
+def test_status_and_metrics_have_the_figures_of_answers(served: Served) -> None:
+    report, stats, metrics = served.report, served.first, served.metrics
     whole = report["figures"]
     assert whole["requests"] == 4
     assert whole["new_tokens"] >= 24 + 6 + 24 + 1
@@ -104,7 +110,8 @@ def figures_are_those_of_answers(report: dict[str, Any], stats: Any, metrics: st
     assert report["services"]["compute"]["counters"]["spans_lost"] == 0
 
 
-def spans_are_complete_and_nest(run: Run, layers: int) -> None:
+def test_spans_are_complete_and_nest(served: Served, demo: Store) -> None:
+    run, layers = load_run(served.run_dir), demo.geometry.layers
     assert [(r.ordinal, sum(t.request == r.number for t in run.tokens))
             for r in run.requests][:2] == [(1, 24), (2, 6)]  # fmt: skip
     assert {r.ordinal for r in run.requests} <= {1, 2, 4}, "the third was not to be traced"
@@ -137,8 +144,9 @@ def spans_are_complete_and_nest(run: Run, layers: int) -> None:
         assert own["request"].end_ns >= own["queue"].end_ns
 
 
-def times_agree_with_the_answer(run: Run, stats: Any) -> None:
+def test_times_agree_with_the_answer(served: Served) -> None:
     """The spans against what the answer's own marks say of the same time."""
+    run, stats = load_run(served.run_dir), served.first
     tokens = [t for t in run.tokens if t.request == run.requests[0].number and t.index > 0]
     assert sum(t.ns for t in tokens) / 1e9 == pytest.approx(stats.decode_s, rel=0.05)
     for cause, seconds in (("flash", stats.decode_flash_stall_s),
@@ -149,25 +157,27 @@ def times_agree_with_the_answer(run: Run, stats: Any) -> None:
     assert compute_s == pytest.approx(stats.decode_compute_s, rel=0.1)
 
 
-def causes_add_up(whole: dict[str, Any]) -> None:
+def test_causes_add_up_to_the_time_of_every_token(served: Served) -> None:
+    whole = found(served.run_dir)
     assert len(whole["tokens"]) >= 30
     for token in whole["tokens"]:
         assert sum(token["by_cause"].values()) == pytest.approx(token["wall_ms"], rel=0.02)
     assert whole["verdict"]["cause"] in VERDICTS
 
 
-def one_request_can_be_asked_for(run_dir: Path) -> None:
-    whole = found(run_dir, "--request", "2")
+def test_one_request_can_be_asked_for(served: Served) -> None:
+    whole = found(served.run_dir, "--request", "2")
     assert [token["index"] for token in whole["tokens"]] == list(range(6))
-    missing = trace(run_dir, "--request", "77")
+    missing = trace(served.run_dir, "--request", "77")
     assert missing.returncode == 1
     assert "there is no request '77'" in missing.stderr
     assert "Traceback" not in missing.stderr
 
 
-def perfetto_opens(run_dir: Path, path: Path, run: Run) -> None:
-    """The file keeps the rules of the trace event format: what a viewer would draw."""
-    assert trace(run_dir, "--perfetto", str(path)).returncode == 0
+def test_the_perfetto_file_keeps_the_rules_of_its_format(served: Served, tmp_path: Path) -> None:
+    """Complete events nest, asynchronous ones are pairs, arrows lead from span to span."""
+    run, path = load_run(served.run_dir), tmp_path / "trace.json"
+    assert trace(served.run_dir, "--perfetto", str(path)).returncode == 0
     events = json.loads(path.read_text())["traceEvents"]
     named = {e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "process_name"}
     assert named == set(SERVICES)
@@ -204,31 +214,35 @@ def arrows_lead_somewhere(arrows: list[Any], events: list[Any]) -> None:
     assert ways["ask", "predict", "fetch", "ffn"]
 
 
-def the_page_is_drawn(run_dir: Path, page: Path, folder: Path) -> None:
-    assert trace(run_dir, "--html", str(page)).returncode == 0
-    if CHROMIUM is None:
-        return  # test_the_page_in_a_browser says so
-    browser = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/b",
-         "--window-size=1240,2300", "--hide-scrollbars", "--dump-dom",
-         "--enable-logging=stderr", page.as_uri()],
-        capture_output=True, text=True, timeout=90, check=False,
-    )  # fmt: skip
-    assert "Uncaught" not in browser.stderr
-    assert len(re.findall(r'<svg viewBox="0 0 \d', browser.stdout)) == 5
-    assert browser.stdout.count("<rect") > 500
-    picture = os.environ.get("TRACE_PICTURE") or str(folder / "page.png")
-    subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}/b",
-         "--window-size=1240,2300", "--hide-scrollbars", f"--screenshot={picture}", page.as_uri()],
-        capture_output=True, timeout=90, check=True,
-    )  # fmt: skip
-    assert Path(picture).stat().st_size > 50_000
+def test_the_text_ends_with_a_verdict(served: Served) -> None:
+    text = trace(served.run_dir)
+    assert "verdict: " in text.stdout
+    assert (text.returncode, text.stderr) == (0, "")
 
 
-@pytest.mark.skipif(CHROMIUM is not None, reason="the page was drawn in the test above")
-def test_the_page_in_a_browser() -> None:
-    pytest.skip("no chromium, chromium-browser or google-chrome on this machine")
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on this machine")
+def test_a_browser_draws_the_page(served: Served, tmp_path: Path) -> None:
+    """TRACE_PICTURE names where the screenshot is kept, to look at it."""
+    page = tmp_path / "trace.html"
+    assert trace(served.run_dir, "--html", str(page)).returncode == 0
+    drawn = browse(page, "--dump-dom", "--enable-logging=stderr")
+    assert "Uncaught" not in drawn.stderr
+    assert len(re.findall(r'<svg viewBox="0 0 \d', drawn.stdout)) == 5
+    bars = len(load_run(served.run_dir).tokens) * len(CAUSES)
+    assert drawn.stdout.count("<rect") > bars
+    picture = Path(os.environ.get("TRACE_PICTURE") or tmp_path / "page.png")
+    browse(page, f"--screenshot={picture}")
+    assert picture.stat().st_size > 50_000
+
+
+def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    assert CHROMIUM is not None
+    return subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+         f"--user-data-dir={page.parent}/browser", "--window-size=1240,2300", *options,
+         page.as_uri()],
+        capture_output=True, text=True, timeout=90, check=True,
+    )  # fmt: skip
 
 
 PLANTED = {
