@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -144,7 +145,10 @@ def show_live(run_dir: Path) -> None:
     console = Console(highlight=False)
     follower = Follower(run_dir)
     try:
-        with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            Live(console=console, auto_refresh=False, vertical_overflow="crop") as live,
+        ):
             while True:
                 live.update(Group(*pieces(follower.look(), console.width)), refresh=True)
                 time.sleep(FOLLOW_S)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.spans import Span
 from common.trace.run import Chain, Run
 from common.trace.summary import share
@@ -51,8 +53,8 @@ def chosen(tokens: list[Token]) -> list[Token]:
     """The tokens whose timelines are in the page: the slowest, and some of all times."""
     decoded = [token for token in tokens if token.index > 0] or tokens
     slow = sorted(decoded, key=lambda token: token.ns, reverse=True)[:TIMELINES_SLOW]
-    every = max(len(decoded) // (TIMELINES_MAX - TIMELINES_SLOW), 1)
-    even = decoded[every // 2 :: every][: TIMELINES_MAX - TIMELINES_SLOW]
+    places = np.linspace(0, len(decoded) - 1, min(TIMELINES_MAX - TIMELINES_SLOW, len(decoded)))
+    even = [decoded[int(place)] for place in places]
     return list({token.start_ns: token for token in [*slow, *even]}.values())
 
 

@@ -139,8 +139,8 @@ def live(found: Mapping[str, Any], verdict: Verdict, width: int) -> Iterator[Ren
     yield heading(found)
     yield Text(f"\n{spark(times)}  {times[-1]:.1f} ms" if times else "", style="cyan")
     yield causes(found)
+    yield panel(verdict)  # before the layers, of which a terminal may not have room for all
     yield layers(found)
-    yield panel(verdict)
 
 
 def percent(share: float | None) -> str:

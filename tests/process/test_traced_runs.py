@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from common.launch import CHECKOUT
 from common.messages import SERVICES
@@ -28,6 +30,7 @@ from common.trace.run import load_run
 from common.trace.tokens import CAUSES, LEAVES
 from common.trace.verdict import CAUSES as VERDICTS
 from inflash import Client
+from scripts.trace import Follower, pieces
 from tests.conftest import serving
 from tests.unit.test_metrics import free_port
 
@@ -218,6 +221,20 @@ def test_the_text_ends_with_a_verdict(served: Served) -> None:
     text = trace(served.run_dir)
     assert "verdict: " in text.stdout
     assert (text.returncode, text.stderr) == (0, "")
+
+
+def test_following_sees_the_latest_tokens(served: Served) -> None:
+    follower = Follower(served.run_dir)
+    run = follower.look()
+    assert run is not None
+    assert [token.start_ns for token in run.tokens] == [
+        token.start_ns for token in load_run(served.run_dir).tokens
+    ]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(*pieces(run, 100))
+    assert "verdict: " in console.export_text()
+    assert len(follower.look().tokens) == len(run.tokens)  # type: ignore[union-attr]
+    follower.close()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on this machine")
