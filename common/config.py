@@ -57,7 +57,7 @@ class Settings:
     lookahead: str = "on"  # off: nothing is read before its layer asks
     context: int = 2048  # tokens of prompt and answer, at most what the model can
     backend: str = "auto"  # how bundles are read: auto, aio or threads
-    threads: int = 0  # of compute; 0: one less than there are cores, at least one
+    threads: int = 0  # of compute; 0: as many as there are cores
     trace: str = "on"  # spans of requests that do not say themselves: see common/spans.py
     metrics: str | None = None  # [HOST:]PORT of the gateway's Prometheus metrics; None: none
     slow: Slow = NOT_SLOWED  # made slow on purpose, to see what comes of it

@@ -8,7 +8,6 @@ QUEUE_MAX = 16  # admitted and waiting, beside the one that runs
 
 # A step
 PREFILL_ROWS_MAX = 512  # tokens of a prompt in one step
-KV_STEP = 64  # tokens: the KV cache has room for a multiple of so many
 PREDICT_ROWS_MAX = 16  # beyond this many tokens a step's union is nearly the whole layer
 
 # Reads

@@ -13,6 +13,7 @@ that can. All sizes in bytes. docs/measurements.md has the figures that the cons
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from common import lowrank
 from common.cgroup import machine_bytes
 from common.config import Settings, cache_bytes
 from common.errors import SettingError
-from common.limits import KV_STEP, PART_BYTES_MAX, PREFILL_ROWS_MAX
+from common.limits import PART_BYTES_MAX, PREFILL_ROWS_MAX
 from common.policy import slots_by_use
 from common.store.geometry import DTYPE_BYTES, Geometry
 from common.store.store import Store
@@ -29,12 +30,12 @@ from common.store.store import Store
 PROCESS_BYTES = {
     "serve": 32 << 20,
     "gateway": 40 << 20,
-    "compute": 272 << 20,
-    "predictor": 36 << 20,
+    "compute": 320 << 20,
+    "predictor": 88 << 20,
     "reader": 36 << 20,
 }
-# Pages of Python's and torch's shared objects that are mapped; all processes share them.
-LIBRARIES_BYTES = 128 << 20
+# Pages of Python's, torch's and numba's shared objects that are mapped; all processes share them.
+LIBRARIES_BYTES = 160 << 20
 # Sockets, inodes and other objects that the kernel charges to whoever made it keep them.
 KERNEL_BYTES = 24 << 20
 PAGE_BYTES_PER_TABLE_BYTE = 512  # a page table has 8 bytes for 4,096 bytes of memory
@@ -83,13 +84,48 @@ def _is_line(field: str) -> bool:
     return field.endswith("_bytes") and field != "memory_bytes"
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a plan has to know of a model: of a store, or of one that is not made yet."""
+
+    geometry: Geometry
+    config: Mapping[str, Any]  # config.json
+    resident_bytes: int  # in the checkpoint's number format
+    predictors_bytes: int  # as the predictor holds them
+    tokenizer_bytes: int  # of tokenizer.json
+    named_shares: tuple[float, ...] | None  # of a layer's neurons, that its predictor names
+
+
 def make_plan(settings: Settings, store: Store) -> Plan:
     """The plan for `store` under `settings`; `SettingError` names the smallest that would work."""
-    config = json.loads((store.config_dir / "config.json").read_text(encoding="utf-8"))
-    context = min(settings.context, int(config["max_position_embeddings"]))
-    fixed = _fixed_lines(settings, store, config, context)
-    geometry = store.geometry
-    slots = _share(_slots_per_layer(settings, geometry, sum(fixed.values())), settings, store)
+    return divide(settings, needs_of(settings, store))
+
+
+def needs_of(settings: Settings, store: Store) -> Needs:
+    """What a store needs under `settings`; `SettingError` if it has not what they ask for."""
+    asked = lowrank.named_shares(store)
+    if settings.slots == "use" and asked is None:
+        raise SettingError(
+            f"INFLASH_SLOTS: use, but {store.path} has no fitted predictors: run"
+            f" `inflash fit {store.path}`, or choose equal"
+        )
+    return Needs(
+        geometry=store.geometry,
+        config=json.loads((store.config_dir / "config.json").read_text(encoding="utf-8")),
+        resident_bytes=store.resident_bytes,
+        predictors_bytes=_predictors_bytes(resolve_predictor(settings, store), store),
+        tokenizer_bytes=_tokenizer_bytes(store),
+        named_shares=None if asked is None else tuple(asked),
+    )
+
+
+def divide(settings: Settings, needs: Needs) -> Plan:
+    """The plan for a model with such `needs`; `SettingError` names the smallest that would work."""
+    geometry = needs.geometry
+    context = min(settings.context, int(needs.config["max_position_embeddings"]))
+    fixed = _fixed_lines(needs, context)
+    each = _slots_per_layer(settings, geometry, sum(fixed.values()))
+    slots = _share(each, settings.slots, needs)
     cache = sum(slots) * geometry.stride_bytes
     fixed["kernel_bytes"] += _cache_tables(cache)
     taken = sum(fixed.values()) + cache
@@ -105,6 +141,17 @@ def make_plan(settings: Settings, store: Store) -> Plan:
     )
 
 
+def smallest_bytes(settings: Settings, needs: Needs) -> int:
+    """The smallest budget that works; `settings` without one, and without a cache."""
+    context = min(settings.context, int(needs.config["max_position_embeddings"]))
+    geometry = needs.geometry
+    layer_slot = geometry.layers * geometry.stride_bytes
+    taken = sum(_fixed_lines(needs, context).values())
+    taken += _slots_min(geometry) * (layer_slot + _cache_tables(layer_slot))
+    # A plan takes the reserve from the budget, which is the larger.
+    return max(taken + _reserve(taken), -(-taken * RESERVE_SHARE // (RESERVE_SHARE - 1)))
+
+
 def resolve_predictor(settings: Settings, store: Store) -> str:
     """The predictor that `settings` mean for `store`: all, exact or lowrank. `SettingError` if the
     store has not what was asked for."""
@@ -118,37 +165,30 @@ def resolve_predictor(settings: Settings, store: Store) -> str:
     return settings.predictor
 
 
-def kv_token_bytes(config: dict[str, Any], item_bytes: int) -> int:
+def kv_token_bytes(config: Mapping[str, Any], item_bytes: int) -> int:
     """Bytes of keys and values of one token, all layers; `config` is the model's config.json."""
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     return int(2 * config["num_hidden_layers"] * kv_heads * _head_width(config) * item_bytes)
 
 
-def kv_room(tokens: int) -> int:
-    """Tokens that the KV cache has room for where `tokens` are to fit."""
-    return -(-tokens // KV_STEP) * KV_STEP
-
-
-def _head_width(config: dict[str, Any]) -> int:
+def _head_width(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _fixed_lines(
-    settings: Settings, store: Store, config: dict[str, Any], context: int
-) -> dict[str, int]:
+def _fixed_lines(needs: Needs, context: int) -> dict[str, int]:
     """Every line but the cache and the reserve; the kernel's without its share for the cache."""
-    geometry = store.geometry
+    geometry = needs.geometry
     computed_bytes = DTYPE_BYTES[geometry.compute_dtype]
     lines = {
-        "resident_bytes": store.resident_bytes * computed_bytes // geometry.item_bytes,
-        "kv_bytes": kv_room(context) * kv_token_bytes(config, computed_bytes),
-        "predictors_bytes": _predictors_bytes(resolve_predictor(settings, store), store),
-        "workspace_bytes": _workspace_bytes(geometry, config, context),
+        "resident_bytes": needs.resident_bytes * computed_bytes // geometry.item_bytes,
+        "kv_bytes": context * kv_token_bytes(needs.config, computed_bytes),
+        "predictors_bytes": needs.predictors_bytes,
+        "workspace_bytes": _workspace_bytes(geometry, needs.config, context),
     }
     kernel = KERNEL_BYTES + sum(lines.values()) // PAGE_BYTES_PER_TABLE_BYTE
     lines |= {f"{name}_bytes": size for name, size in PROCESS_BYTES.items()}
-    lines["gateway_bytes"] += TOKENIZER_FACTOR * _tokenizer_bytes(store)
+    lines["gateway_bytes"] += TOKENIZER_FACTOR * needs.tokenizer_bytes
     lines["reader_bytes"] += READER_NEURON_BYTES * geometry.layers * geometry.neurons
     return lines | {"libraries_bytes": LIBRARIES_BYTES, "kernel_bytes": kernel}
 
@@ -163,7 +203,7 @@ def _predictors_bytes(predictor: str, store: Store) -> int:
     return 0
 
 
-def _workspace_bytes(geometry: Geometry, config: dict[str, Any], context: int) -> int:
+def _workspace_bytes(geometry: Geometry, config: Mapping[str, Any], context: int) -> int:
     """What compute takes and gives back in a step: the largest is a block of a long prompt."""
     rows = min(PREFILL_ROWS_MAX, context)
     part = min(max(PART_BYTES_MAX // geometry.stride_bytes, 1), geometry.neurons)
@@ -195,16 +235,10 @@ def _slots_min(geometry: Geometry) -> int:
     return min(SLOTS_MIN, geometry.neurons)
 
 
-def _share(each: int, settings: Settings, store: Store) -> tuple[int, ...]:
+def _share(each: int, slots: str, needs: Needs) -> tuple[int, ...]:
     """The slots of every layer where they have `each` on average: as the setting `slots` says."""
-    geometry = store.geometry
-    asked = lowrank.named_shares(store)
-    if settings.slots == "use" and asked is None:
-        raise SettingError(
-            f"INFLASH_SLOTS: use, but {store.path} has no fitted predictors: run"
-            f" `inflash fit {store.path}`, or choose equal"
-        )
-    if asked is None or settings.slots in ("equal", "global"):
+    geometry, asked = needs.geometry, needs.named_shares
+    if asked is None or slots in ("equal", "global"):
         return (each,) * geometry.layers
     total, least = each * geometry.layers, min(each, _slots_min(geometry))
     return tuple(slots_by_use(asked, total, least, geometry.neurons))

@@ -14,6 +14,8 @@ from typing import NoReturn
 from inflash._errors import InflashError
 
 COMMANDS = {
+    "doctor": "Measure this machine: drive, memory, cores, limits.",
+    "plan": "Foretell fit and speed of a model, before it is downloaded.",
     "convert": "Make a store of a Hugging Face checkpoint.",
     "verify": "Check every byte of a store against its checksums.",
     "fit": "Fit predictors for a store, from any text.",

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from common.learn.fitted import FOLDER, KINDS, fingerprint, load_part, publish, 
 from common.learn.layer import Fit, Goal, Phase, fit_layer
 from common.learn.picture import draw_report
 from common.learn.recording import Recording, record, text_digest
+from common.learn.reuse import misses_of
 from common.learn.windows import windows_of
 from common.lowrank import PICTURE, PREDICTORS, REPORT, Kind, predictor_problem
 from common.outputs import check_output, sentences
@@ -286,6 +287,8 @@ def _fit_layers(store: Store, ids: np.ndarray[Any, Any], wanted: Sequence[int],
                     _stepper(bar, task, done, options.passes),
                 )  # fmt: skip
                 bar.update(task, completed=done + 1)
+            misses = misses_of(recording, number, store.geometry)
+            fits["same"] = replace(fits["same"], misses=misses)
             save_part(store, number, fits, mark)
     _discard(recording)
 

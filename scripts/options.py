@@ -38,7 +38,7 @@ _OPTIONS = [
         help="Read for the next layer under this one's work. [default: on]",
     ),
     click.option("--context", metavar="TOKENS", help="Prompt and answer. [default: 2048]"),
-    click.option("--threads", metavar="N", help="Of compute. [default: cores less one]"),
+    click.option("--threads", metavar="N", help="Of compute. [default: all cores]"),
     click.option("--backend", type=click.Choice(["auto", "aio", "threads"]), help="How to read."),
     click.option(
         "--trace",

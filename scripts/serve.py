@@ -19,6 +19,7 @@ from common.log import Tail
 from common.pagecache import forget_imports
 from common.plan import Plan, make_plan, resolve_predictor
 from common.store.store import Store
+from common.system import swap_written_bytes
 from inflash import Stats
 from inflash._cli import stats_line
 from inflash._errors import InflashError
@@ -61,7 +62,7 @@ def serve(options: dict[str, str]) -> int:
     stopping: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: stopping.append(received))
-    server = Server(options)
+    server, swapped = Server(options), swap_written_bytes()
     store = Store.open(server.settings.store)
     plan = make_plan(server.settings, store)  # a bad one is told before anything starts
     print(plan_table(plan), flush=True)
@@ -83,6 +84,10 @@ def serve(options: dict[str, str]) -> int:
         return 0
     finally:
         server.stop()
+        written = (swap_written_bytes() or 0) - (swapped or 0)
+        if written > 0:
+            print(f"warning: {written:,} bytes were written to swap while it served: memory was"
+                  " short; give --memory less, or close something", file=sys.stderr)  # fmt: skip
 
 
 def ready_line(settings: Settings, store: Store, plan: Plan) -> str:

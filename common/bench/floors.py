@@ -12,23 +12,16 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from common.bench.figures import Figures
-from common.errors import UserError
-from common.launch import CHECKOUT
+from common.forecast.shapes import multiplied_bytes
 from common.plan import kv_token_bytes
 from common.store.geometry import DTYPE_BYTES
 from common.store.store import Store
 from common.store.tensors import read_header
-
-_EMBEDDINGS = ("embed_tokens.weight", "embed_positions.weight")
-_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -65,14 +58,12 @@ def touched(store: Store, named: float, fired: float, context: float) -> Touched
 
 def _resident_bytes(store: Store) -> int:
     """Of the resident files, what every token multiplies."""
-    tensors = {
-        name: tensor
+    sizes = {
+        name: tensor.nbytes
         for path in store.resident_paths()
         for name, tensor in read_header(path).items()
     }
-    tied = _HEAD not in tensors  # then the tokens' embedding is the head
-    skipped = [name for name in _EMBEDDINGS if not (tied and name == _EMBEDDINGS[0])]
-    return sum(t.nbytes for name, t in tensors.items() if not name.endswith(tuple(skipped)))
+    return multiplied_bytes(sizes)
 
 
 def drive_bytes_per_s(points: Sequence[dict[str, Any]], read_bytes: float) -> float:
@@ -118,23 +109,3 @@ def overlap_efficiency(serial_ms: float, measured_ms: float, floors: Figures) ->
     reads and computes in turn. None where there is nothing to save."""
     saved = serial_ms - max(floors["read_ms"], floors["compute_ms"])
     return (serial_ms - measured_ms) / saved if saved > 0 and math.isfinite(saved) else None
-
-
-def measure_drive(store: Path, *options: str) -> dict[str, Any]:
-    """What `services/reader/measure.py` prints: reads as the reader makes them."""
-    return _program("services.reader.measure", str(store.absolute()), *options)
-
-
-def measure_memory(*options: str) -> dict[str, Any]:
-    """What `common/bench/memory.py` prints."""
-    return _program("common.bench.memory", *options)
-
-
-def _program(module: str, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-        raise UserError(f"python -m {module} ended with status {done.returncode}: {why}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from common import probes
 from common.bench import ablation, contenders, floors, made, studies
 from common.bench.contenders import RIVALS, Contender, Work, run_rounds
 from common.bench.figures import Figures, summarise, summarise_inflash
@@ -28,6 +29,7 @@ from common.errors import SettingError, UserError
 from common.model.convert import Report
 from common.plan import make_plan
 from common.store.store import Store
+from common.system import cores, processor
 from inflash import __version__
 
 NAMES = ("inflash", *RIVALS)
@@ -209,7 +211,7 @@ class _Bench:
             if "failed" in figures:
                 raise UserError(f"inflash did not run: {figures['failed']}")
         self.report.note("measuring the floors: drive and memory")
-        drive, memory = floors.measure_drive(self.made.store), floors.measure_memory()
+        drive, memory = probes.measure_drive(self.made.store), probes.measure_memory()
         limits = floors.make_floors(self.store, measured, drive, memory)
         result: Figures = {"inflash": measured}
         for name in RIVALS:
@@ -226,7 +228,7 @@ class _Bench:
         }
 
     def _rival(self, name: str) -> Contender:
-        python, work = self.options.python, self._work(self.options.rival_tokens, rival=True)
+        python, work = self.options.python, self._work(self.options.rival_tokens)
         if name == "accelerate":
             offload = self.scratch / "offload"
             return contenders.accelerate(self.made.checkpoint, offload, work, self.cap, python)
@@ -248,7 +250,7 @@ class _Bench:
         python, work = self.options.python, self._work(self.options.tokens)
         why = contenders.absent("plain", python)
         plain = why or contenders.plain(
-            self.made.checkpoint, self._work(self.options.tokens, rival=True), python
+            self.made.checkpoint, self._work(self.options.tokens), python
         )
         self.report.note("everything cached")
         return studies.everything_cached(
@@ -266,30 +268,22 @@ class _Bench:
             if options.remove and ready.folder != self.made.folder:
                 shutil.rmtree(ready.folder)
 
-    def _work(self, tokens: int, *, rival: bool = False) -> Work:
-        return self._work_of(self.options.prompt, tokens, rival=rival)
+    def _work(self, tokens: int) -> Work:
+        return self._work_of(self.options.prompt, tokens)
 
     def _work_of(
         self,
         prompt: int,
         tokens: int | None = None,
         *,
-        rival: bool = False,
         shape: Shape | None = None,
     ) -> Work:
-        """A prompt of so many tokens, drawn; rivals compute on all cores, inflash leaves one to
-        its reader and predictor."""
+        """A prompt of so many tokens, drawn; everybody computes on all cores."""
         vocabulary = (shape or self.shape).config.vocab_size
         path = self.scratch / f"prompt-{prompt}-{vocabulary}.json"
         ids = np.random.default_rng(PROMPT_SEED).integers(0, vocabulary, prompt)
         path.write_text(json.dumps(ids.tolist()))
-        threads = self.cores if rival else max(1, self.cores - 1)
-        return Work(path, self.options.tokens if tokens is None else tokens, threads)
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return Work(path, self.options.tokens if tokens is None else tokens, self.cores)
 
 
 def machine() -> Figures:
@@ -297,18 +291,9 @@ def machine() -> Figures:
     load: Any = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores(),
         "memory_bytes": machine_bytes(),
         "load_before": load,  # of the last minute, before the first run
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

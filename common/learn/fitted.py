@@ -27,7 +27,7 @@ from common.errors import UserError
 from common.learn.closed_form import Factors
 from common.learn.curve import GRID, Curve, choose_thresholds
 from common.learn.layer import Fit
-from common.lowrank import PREDICTORS, REPORT, Kind, read_metadata, tensor_name
+from common.lowrank import CACHE_SHARES, PREDICTORS, REPORT, Kind, read_metadata, tensor_name
 from common.store.partial import sync_folder
 from common.store.store import Store
 
@@ -55,6 +55,7 @@ def save_part(store: Store, layer: int, fits: Layer, fingerprint: str) -> None:
             "refined": fit.refined,
             "active": curve.active,
             "silent": curve.silent,
+            "misses": fit.misses,
         }
     path = part_path(store, layer)
     path.parent.mkdir(exist_ok=True)
@@ -80,7 +81,8 @@ def load_part(store: Store, layer: int, fingerprint: str) -> Layer | None:
             torch.from_numpy(tensors[tensor_name(layer, kind, field)]).float()
             for field in ("a", "b", "bias")
         )
-        fits[kind] = Fit(kind, facts["rank"], facts["refined"], Factors(a, b, bias), curve)
+        misses = tuple(facts.get("misses", ()))
+        fits[kind] = Fit(kind, facts["rank"], facts["refined"], Factors(a, b, bias), curve, misses)
     return fits
 
 
@@ -103,12 +105,15 @@ def publish(
             tokens = (fit.curve.active + fit.curve.silent) / store.geometry.neurons
             rows[layer]["active"] = fit.curve.active / tokens / store.geometry.neurons
             rows[layer][kind] = _row(fit, place)
+            if fit.misses:
+                rows[layer]["misses"] = list(fit.misses)
     path = store.path / PREDICTORS
     _publish(path, tensors, {"store": store.id})
     report = facts | {
         "store": store.id,
         "sha256": _digest(path),
         "bytes": path.stat().st_size,
+        "cache_shares": list(CACHE_SHARES),
         "totals": {kind: _total(rows, [fits[kind].curve for fits in layers], kind)
                    for kind in KINDS},
         "layers": rows,

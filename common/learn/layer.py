@@ -53,6 +53,7 @@ class Fit:
     refined: bool
     factors: Factors
     curve: Curve
+    misses: tuple[float, ...] = ()  # of kind same: what common/learn/reuse.py found
 
 
 class Samples:

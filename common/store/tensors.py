@@ -62,20 +62,25 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name; `StoreError` says what is wrong with it."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
+        length = file.read(8)
+        header_bytes = int.from_bytes(length, "little")
         if size < 8 or header_bytes > min(size - 8, _HEADER_BYTES_MAX):
             raise StoreError(f"{path} is truncated or is no safetensors file")
-        raw = file.read(header_bytes)
-    try:
-        header = json.loads(raw)
-        entries = {k: v for k, v in header.items() if k != "__metadata__"}
-        tensors = {k: _entry(k, v, path, 8 + header_bytes) for k, v in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} has a corrupt safetensors header: {error}") from None
+        tensors = parse_header(length + file.read(header_bytes), path)
     end = max((t.offset + t.nbytes for t in tensors.values()), default=0)
     if end > size:
         raise StoreError(f"{path} is truncated: {size:,} bytes, its header promises {end:,}")
     return tensors
+
+
+def parse_header(raw: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors that `raw`, a length and a header, promises of the file `path`; `StoreError`."""
+    try:
+        header = json.loads(raw[8:])
+        entries = {k: v for k, v in header.items() if k != "__metadata__"}
+        return {k: _entry(k, v, path, len(raw)) for k, v in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} has a corrupt safetensors header: {error}") from None
 
 
 def _entry(name: str, entry: Mapping[str, Any], path: Path, base: int) -> Tensor:

@@ -205,8 +205,8 @@ def _remedies(found: Evidence) -> list[Remedy]:
     if found.predictor == "exact":
         predictor += " (fitted, and smaller: inflash fit)"
     saved[predictor] = found.causes["predictor"] - found.contended.get("predictor", 0.0)
-    if found.threads > 1 and found.threads >= found.cores_count:
-        saved[f"fewer threads (--threads {found.cores_count - 1 or 1})"] = found.cores
+    if found.threads > found.cores_count:
+        saved[f"fewer threads (--threads {found.cores_count})"] = found.cores
     else:
         saved["a core more, or fewer other programs on these"] = found.cores
     what = "memory that is" if found.from_memory else "cores that are"
@@ -262,7 +262,7 @@ def gather(run: Run) -> Evidence:
         touched_bytes=_touched_bytes(tokens, store, plan),
         idle_share=idle_share(run),
         core_cache_bytes=machine.get("core_cache_bytes") or 0,
-        threads=settings.get("threads") or max(cores_count - 1, 1),
+        threads=settings.get("threads") or cores_count,
         cores_count=cores_count,
         predicts_ms=sum(s.ns for s in run.spans["predictor"] if s.name == "predict")
         / NS / len(run.tokens),

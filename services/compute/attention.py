@@ -7,7 +7,6 @@ would take it for FlashAttention.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
-from services.compute.kv import rounded_up
+from common.kernels import mix, score
+from services.compute.products import Bits, bits_of
 
 ATTENTION = "single_sequence"
 
@@ -34,7 +34,7 @@ def attend(
     Returns [1, rows, heads, width] in the query's dtype, and no weights.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.shape[2] == 1 and query.dtype != torch.float32:
+    if query.shape[2] == 1:
         return _attend_one(query[0, :, 0], key[0], value[0], scale), None
     # In fp16 and bf16, scaled_dot_product_attention is 5 to 12 times slower than in float32.
     q, k, v = query.float(), key.float(), value.float()
@@ -51,19 +51,22 @@ def attend(
 def _attend_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """One query [heads, width] in half precision over key, value [kv heads, tokens, width].
+    """One query [heads, width] over key, value [kv heads, tokens, width], all in float32."""
+    (heads, width), tokens = query.shape, key.shape[1]
+    scores, out = torch.empty(heads, tokens), torch.zeros(heads, width)
+    score((query.float() * scale).numpy(), *_whole(key), scores.numpy())
+    mix(torch.softmax(scores, dim=1).numpy(), *_whole(value), out.numpy())
+    return out.to(query.dtype).view(1, 1, heads, width)
 
-    Batched products by oneDNN, which makes and keeps a kernel for each number of tokens that it
-    meets: so they run over a multiple of KV_STEP, and what is no token yet gets no weight.
-    """
-    heads, width = query.shape
-    kv_heads, tokens, _ = key.shape
-    key, value = rounded_up(key), rounded_up(value)
-    query = query * scale  # before the product: half precision has digits for small scores only
-    scores = torch.bmm(key, query.view(kv_heads, -1, width).mT).float()
-    scores[:, tokens:] = -math.inf
-    weights = torch.softmax(scores, dim=1).to(query.dtype)
-    return torch.bmm(weights.mT, value).view(1, 1, heads, width)
+
+def _whole(states: torch.Tensor) -> tuple[Bits, int]:
+    """The numbers of keys or values [kv heads, tokens, width], and for how many tokens a head has
+    room in them: of the KV cache's views, all that lies before, between and behind."""
+    heads, _, width = states.shape
+    if states.stride()[1:] != (width, 1) or states.stride(0) % width:
+        states = states.contiguous()
+    room = states.stride(0) // width
+    return bits_of(states.as_strided((heads, room, width), (room * width, width, 1))), room
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -11,22 +11,18 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from common.limits import KV_STEP
-from common.plan import kv_room
-
 
 class KVLayer(CacheLayerMixin):
-    """Keys and values of one layer, [1, kv heads, room, width] each, from their first use."""
+    """Keys and values of one layer, [1, kv heads, context, width] each, from their first use."""
 
     def __init__(self, context: int):
         super().__init__()
         self.context = context
-        self.room = kv_room(context)
         self.filled = 0  # tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def room(like: torch.Tensor) -> torch.Tensor:
-            return like.new_empty(1, like.shape[1], self.room, like.shape[3])
+            return like.new_empty(1, like.shape[1], self.context, like.shape[3])
 
         self.keys, self.values = room(key_states), room(value_states)
         self.is_initialized = True
@@ -42,8 +38,6 @@ class KVLayer(CacheLayerMixin):
         end = self.filled + key_states.shape[2]
         self.keys[:, :, self.filled : end] = key_states
         self.values[:, :, self.filled : end] = value_states
-        if end > kv_room(self.filled):  # `rounded_up` views show what lies here, and multiply by 0
-            self.values[:, :, end : kv_room(end)] = 0
         self.filled = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
@@ -58,17 +52,6 @@ class KVLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.filled = 0
-
-
-def rounded_up(states: torch.Tensor) -> torch.Tensor:
-    """A view of a KVLayer's keys or values [kv heads, tokens, width] that goes on to the next
-    multiple of KV_STEP tokens: keys that are no token's, and values that are 0. Other tensors,
-    which have no room after their tokens, are returned as they are."""
-    heads, tokens, width = states.shape
-    room = states.stride(0) // states.stride(1)
-    if room % KV_STEP or states.stride(2) != 1:
-        return states
-    return states.as_strided((heads, kv_room(tokens), width), states.stride())
 
 
 def make_kv_cache(layers: int, context: int) -> Cache:

@@ -14,7 +14,7 @@ from typing import Any
 from common.spans import NO_LAYER, Recorder, RunDelay
 
 
-class Products:
+class ProductTime:
     """Time spent in products of matrices since the last `take`."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Laps:
     """One request at a time: `begin`, then laps, each from where the last one ended."""
 
     def __init__(self, recorder: Recorder):
-        self.products = Products()
+        self.product_time = ProductTime()
         self.trace = False
         self.at_ns = time.monotonic_ns()
         """Where the last lap ended."""
@@ -56,7 +56,7 @@ class Laps:
         self._request, self.trace = request, trace
         self.at_ns = self._token_ns = time.monotonic_ns()
         self._delay.take()
-        self.products.take()
+        self.product_time.take()
 
     def lap(self, name: str, layer: int = NO_LAYER, *fields: int, at_ns: int = 0) -> int:
         """Ends a lap, a span of that name, now or at `at_ns`; its nanoseconds."""

@@ -1,37 +1,54 @@
-"""The model's own linear modules, for steps of one token: a product of matrix and vector.
+"""The model's own linear modules, for steps of one token: products of resident rows with a vector.
 
-torch's `linear` takes one row of half precision through a matrix product that runs at half the
-speed of `mv`, which oneDNN has a kernel for (docs/measurements.md).
+A block of tokens is torch's to multiply, in float32: on a CPU its products of half-precision
+matrices run at a small part of that speed.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from common.kernels import row_starts
+from services.compute.products import Products, bits_of
+
+CHUNK_ROWS = 512  # of a matrix that are float32 at a time
 
 
 class RowLinear(nn.Module):
-    """`linear` with its own parameters; a single row is multiplied by `mv`."""
+    """`linear` with its own parameters, computed in float32."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, products: Products):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        self._products = products
+        self._items = bits_of(self.weight)
+        self._starts = row_starts(*self.weight.shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., outputs] of `x` [..., inputs]."""
-        if x.numel() != x.shape[-1]:
-            return F.linear(x, self.weight, self.bias)
-        row = x.reshape(-1)
-        if self.bias is None:
-            out = torch.mv(self.weight, row)
-        else:
-            out = torch.addmv(self.bias, self.weight, row)
-        return out.view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1]).float()
+        out = self._row(rows[0]) if len(rows) == 1 else self._block(rows)
+        if self.bias is not None:
+            out += self.bias
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def _row(self, row: torch.Tensor) -> torch.Tensor:
+        return self._products.dot(self._items, self._starts, row)
+
+    def _block(self, rows: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(len(rows), len(self._starts))
+        chunk = torch.empty(min(CHUNK_ROWS, len(self._starts)), rows.shape[1])
+        for first in range(0, len(self._starts), CHUNK_ROWS):
+            starts = self._starts[first : first + CHUNK_ROWS]
+            some = chunk[: len(starts)]
+            self._products.widen(self._items, starts, some)
+            out[:, first : first + len(starts)] = rows @ some.T
+        return out
 
 
-def multiply_rows(model: nn.Module) -> None:
+def multiply_rows(model: nn.Module, products: Products) -> None:
     """Puts a RowLinear in the place of every linear module; parameters stay the same objects."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
-            model.set_submodule(name, RowLinear(module))
+            model.set_submodule(name, RowLinear(module, products))

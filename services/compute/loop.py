@@ -13,41 +13,46 @@ from collections import deque
 
 import torch
 
+from common.kernels import compile_for
 from common.lifecycle import Service
 from common.limits import POLL_S, QUEUE_MAX
-from common.machine import cores
 from common.messages import Abort, Admit, Done, Token
 from common.plan import make_plan
 from common.spans import NO_LAYER
 from common.store.store import Store, read_end_ids
+from common.system import cores
 from services.compute.failures import StepAbortedError, StepFailedError
 from services.compute.generation import Generation
 from services.compute.kv import make_kv_cache
 from services.compute.model import load_model
 from services.compute.pipeline import Pipeline
+from services.compute.products import Products
 from services.compute.waits import LayerWaits
 
 
 def serve(service: Service, store: Store) -> None:
     """Runs until asked to stop."""
-    # One core is left to the reader and the predictor: threads that spin would starve them.
-    torch.set_num_threads(service.settings.threads or max(cores() - 1, 1))
-    loop = ComputeLoop(service, store)
+    threads = service.settings.threads or cores()
+    # torch's threads spin after a product, and would starve reader and predictor: one core is left
+    # to them. Ours do not.
+    torch.set_num_threads(max(min(threads, cores() - 1), 1))
+    loop = ComputeLoop(service, store, Products(threads))
     with torch.inference_mode():
         loop.run()
 
 
 class ComputeLoop:
-    def __init__(self, service: Service, store: Store):
+    def __init__(self, service: Service, store: Store, products: Products):
         self._service = service
         self._store = store
         self._control = service.receive_from("control")
         self._answers = service.send_to("answers")
         plan = make_plan(service.settings, store)
-        self._pipeline = Pipeline(service, store.geometry, sum(plan.slots))
+        compile_for(store.geometry.dtype, store.geometry.compute_dtype)
+        self._pipeline = Pipeline(service, store.geometry, sum(plan.slots), products)
         self._context = plan.context
         store.check_digests()
-        self._model = load_model(store, self._pipeline)
+        self._model = load_model(store, self._pipeline, products)
         self._vocabulary = int(self._model.config.vocab_size)
         self._kv = make_kv_cache(store.geometry.layers, self._context)
         self._end_ids = read_end_ids(store.config_dir)
@@ -146,7 +151,7 @@ class ComputeLoop:
             use_cache=True,
             logits_to_keep=1,
         )
-        product_ns = laps.products.take()
+        product_ns = laps.product_time.take()
         laps.lap("head", NO_LAYER, product_ns)
         laps.since("step", began_ns, NO_LAYER, len(tokens))
         self._pipeline.waits[-1].compute_ns += product_ns

@@ -13,9 +13,12 @@ from collections.abc import Callable, Mapping
 import click
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from common.store.geometry import Geometry
 from services.compute.attention import attend
+from services.compute.linear import RowLinear
+from services.compute.products import Products
 from services.compute.rows import CacheRows
 
 SLOTS, NAMED, FIRED, TURNS = 2000, 1600, 500, 9
@@ -45,7 +48,12 @@ def main(hidden: int, threads: int, tokens: int) -> None:
 def resident(dtype: torch.dtype, hidden: int) -> Ways:
     matrices = [torch.randn(hidden, hidden).to(dtype) for _ in range(RESIDENT)]
     x = torch.randn(hidden).to(dtype)
+    linears = [nn.Linear(hidden, hidden, bias=False) for _ in matrices]
+    for linear, matrix in zip(linears, matrices, strict=True):
+        linear.weight = nn.Parameter(matrix, requires_grad=False)
+    rows = [RowLinear(linear, Products(torch.get_num_threads())) for linear in linears]
     return {
+        "resident: our kernel": lambda: [row(x) for row in rows],
         "resident: mv": lambda: [torch.mv(m, x) for m in matrices],
         "resident: linear": lambda: [F.linear(x[None], m) for m in matrices],
     }
@@ -56,9 +64,10 @@ def bundles(dtype: torch.dtype, hidden: int) -> list[Ways]:
     name = str(dtype).removeprefix("torch.")
     geometry = Geometry(layers=1, neurons=SLOTS, hidden=hidden, gated=False, dtype=name)
     cache = torch.randn(SLOTS, geometry.stride_bytes // geometry.item_bytes).to(dtype)
-    rows = CacheRows(cache, geometry, dtype)
+    region = bytearray(cache.numpy().tobytes())
+    rows = CacheRows(region, geometry, Products(torch.get_num_threads()))
     up, down = cache[:, :hidden], cache[:, hidden : 2 * hidden]
-    x, h = torch.randn(hidden).to(dtype), torch.randn(FIRED)
+    x, h, out = torch.randn(hidden), torch.randn(FIRED), torch.zeros(hidden)
     named, fired = (torch.randperm(SLOTS)[:count].sort().values for count in (NAMED, FIRED))
     every, start = torch.arange(FIRED), torch.zeros(1, dtype=torch.int64)
 
@@ -67,11 +76,12 @@ def bundles(dtype: torch.dtype, hidden: int) -> list[Ways]:
 
     return [
         {
-            f"up, {NAMED} rows: gathered in chunks, mv": lambda: rows.dot("up", named, x),
-            "up: gathered at once, mv": lambda: torch.mv(up.index_select(0, named), x),
+            f"up, {NAMED} rows: our kernel": lambda: rows.dot("up", named, x),
+            "up: gathered, mv": lambda: torch.mv(up.index_select(0, named), x.to(dtype)),
         },
         {
-            f"down, {FIRED} rows: embedding_bag of the matrix": lambda: rows.sum("down", fired, h),
+            f"down, {FIRED} rows: our kernel": lambda: rows.add("down", fired, h, out),
+            "down: embedding_bag of the matrix": lambda: bag(cache.view(-1, hidden), fired * 2 + 1),
             "down: gathered, embedding_bag": lambda: bag(down.index_select(0, fired), every),
             "down: embedding_bag of a slice": lambda: bag(down, fired),
             "down: gathered, vector @ matrix": lambda: h.to(dtype) @ down.index_select(0, fired),
@@ -80,7 +90,7 @@ def bundles(dtype: torch.dtype, hidden: int) -> list[Ways]:
 
 
 def attention(dtype: torch.dtype, tokens: int) -> Ways:
-    key, value = (torch.randn(1, HEADS, -(-tokens // 64) * 64, WIDTH).to(dtype) for _ in "kv")
+    key, value = (torch.randn(1, HEADS, tokens + 64, WIDTH).to(dtype) for _ in "kv")
     query = torch.randn(1, HEADS, 1, WIDTH).to(dtype)
     key, value = key[:, :, :tokens], value[:, :, :tokens]
     return {

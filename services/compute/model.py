@@ -13,12 +13,13 @@ from common.model.skeleton import build_skeleton, load_resident
 from common.store.store import Store
 from services.compute.attention import ATTENTION, attend
 from services.compute.ffn import FlashFFN
-from services.compute.laps import Products
+from services.compute.laps import ProductTime
 from services.compute.linear import RowLinear, multiply_rows
-from services.compute.pipeline import TORCH_DTYPES, Pipeline
+from services.compute.pipeline import Pipeline
+from services.compute.products import Products
 
 
-def load_model(store: Store, pipeline: Pipeline) -> Any:
+def load_model(store: Store, pipeline: Pipeline, products: Products) -> Any:
     """The store's model with its resident weights; FFN weights are never allocated."""
 
     def flash_ffn(layer: int) -> FlashFFN:
@@ -26,11 +27,11 @@ def load_model(store: Store, pipeline: Pipeline) -> Any:
         return FlashFFN(layer, store.geometry, store.activation, biases, pipeline)
 
     config = AutoConfig.from_pretrained(store.config_dir)
-    dtype = TORCH_DTYPES[store.geometry.compute_dtype]
+    dtype = getattr(torch, store.geometry.compute_dtype)
     model: nn.Module = build_skeleton(config, flash_ffn, dtype, attention=ATTENTION)
     load_resident(model, store.resident_paths())
-    multiply_rows(model)
-    time_products(model, pipeline.laps.products)
+    multiply_rows(model, products)
+    time_products(model, pipeline.laps.product_time)
 
     def tell(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden = args[0] if args else named["hidden_states"]
@@ -41,7 +42,7 @@ def load_model(store: Store, pipeline: Pipeline) -> Any:
     return model
 
 
-def time_products(model: nn.Module, products: Products) -> None:
+def time_products(model: nn.Module, products: ProductTime) -> None:
     """Has the products of attention and head counted: the rest of their time is Python's."""
     for module in model.modules():
         if isinstance(module, RowLinear):

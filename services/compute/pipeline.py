@@ -24,14 +24,9 @@ from common.segment import attach_segment, segment_path
 from common.store.geometry import Geometry
 from services.compute.failures import StepAbortedError, StepFailedError
 from services.compute.laps import Laps
+from services.compute.products import Products
 from services.compute.rows import CacheRows
 from services.compute.waits import LayerWaits
-
-TORCH_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +42,12 @@ class Part:
 class Pipeline:
     """One step at a time: `begin`, then `parts` for each layer in order."""
 
-    def __init__(self, service: Service, geometry: Geometry, slots: int):
+    def __init__(self, service: Service, geometry: Geometry, slots: int, products: Products):
         """`slots`: of the whole cache, by the plan."""
         self._service = service
         self._geometry = geometry
         self._slots = slots
+        self._products = products
         self._predict = service.send_to("predict")
         self._release = service.send_to("release")
         self._resident = service.receive_from("resident")
@@ -83,9 +79,7 @@ class Pipeline:
 
     def _map(self, cache: Cache) -> None:
         region = attach_segment(Path(cache.path), cache.slots * cache.stride_bytes)
-        flat = torch.frombuffer(region, dtype=TORCH_DTYPES[self._geometry.dtype])
-        dtype = TORCH_DTYPES[self._geometry.compute_dtype]
-        self.rows = CacheRows(flat.view(cache.slots, -1), self._geometry, dtype)
+        self.rows = CacheRows(region, self._geometry, self._products)
         self._release.send(Attached(os.getpid()))
 
     def begin(self, request: int, step: int, aborted: Callable[[], bool]) -> None:
@@ -102,7 +96,7 @@ class Pipeline:
 
         Raises StepFailedError, StepAbortedError, and LinkError if no part comes within PART_S.
         """
-        product_ns = self.laps.products.take()
+        product_ns = self.laps.product_time.take()
         self.laps.lap("attention", layer, product_ns)
         waits = LayerWaits(len(x), self.laps.at_ns, compute_ns=product_ns)
         self.waits.append(waits)
@@ -127,7 +121,7 @@ class Pipeline:
 
     def embedded(self, x: torch.Tensor) -> None:
         """Tells what enters layer 0, `x` [rows, hidden]: layer 0 is looked ahead from it."""
-        self.laps.lap("embed", EMBEDDING, self.laps.products.take())
+        self.laps.lap("embed", EMBEDDING, self.laps.product_time.take())
         self._ask(EMBEDDING, x)
         self.laps.lap("ask", EMBEDDING)
 

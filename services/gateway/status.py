@@ -9,9 +9,9 @@ from typing import Any
 
 from common.config import Settings
 from common.limits import QUEUE_MAX
-from common.machine import core_cache_bytes, cores
 from common.plan import Plan
 from common.store.store import Store
+from common.system import core_cache_bytes, cores
 from services.gateway.health import Watch
 from services.gateway.prompts import Prompts
 from services.gateway.requests import Requests

@@ -101,6 +101,8 @@ class LowRank:
         factors = read_predictors(store)
         self._same, self._ahead = factors["same"], factors["ahead"]
         self._latest: dict[int, Floats] = {}  # by layer: the newest token's input, [1, hidden]
+        # Compiles what it takes, for an input as messages bring it, so that no token waits for it.
+        self.name(0, np.frombuffer(bytes(4 * store.geometry.hidden), np.float32)[None])
 
     def name(self, layer: int, x: Floats) -> Ids:
         return self._same[layer].name(x)

@@ -83,12 +83,12 @@ class Lookahead:
     def knows(self, step: int, layer: int) -> bool:
         return (step, layer) in self._aheads
 
-    def take(self, fetch: Fetch, ids: Ids) -> None:
+    def take(self, fetch: Fetch, ids: Ids, busy: float) -> None:
         """Takes a prefetch of `ids` up: protects what is resident; of the rest is to be read what
-        is worth it."""
+        is worth it with a drive that is busy for the share `busy` of the time."""
         ahead = self._aheads[fetch.step, fetch.layer] = Ahead(fetch, ids, ids)
         self._protect(ahead)
-        worth = ids[: self._useful.worth(fetch.layer, len(ids))]
+        worth = ids[: self._useful.worth(fetch.layer, len(ids), busy)]
         ahead.todo = ahead.todo[among(ahead.todo, worth, self._neurons)]
 
     def groups(self, now: int) -> Iterator[Group]:

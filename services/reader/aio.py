@@ -38,7 +38,7 @@ _CALLS = {  # setup, destroy, getevents, submit
 }
 _PREADV = 7  # IOCB_CMD_PREADV
 _RESFD = 1  # IOCB_FLAG_RESFD
-WAKE_EVERY = 8  # reads of a batch: so many complete for one signal of the eventfd
+WAKE_EVERY = 32  # reads of a batch: so many complete for one signal of the eventfd
 
 _CONTROL = np.dtype(
     [

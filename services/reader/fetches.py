@@ -102,6 +102,7 @@ class Fetches:
         self._fetches: dict[tuple[int, int], Progress] = {}
         self._groups = Groups(geometry, bundling)
         self._read_for: dict[int, Progress] = {}  # by the tag of a demand's group
+        self._landed: set[int] = set()  # layers in which a group landed since `groups` looked
         self.ahead = Lookahead(geometry, self.pools, self._groups)
 
     def each_pool(self) -> list[Pool]:
@@ -112,15 +113,17 @@ class Fetches:
         """Brings the slots in use toward `slots`, over all layers; see cache.resize."""
         return resize(self.each_pool(), slots, min(SLOTS_MIN, self._geometry.neurons))
 
-    def take(self, fetch: Fetch, now_ns: int) -> list[Resident]:
-        """Takes a Fetch up: answers a demand's hits. `BadFetchError` if it makes no sense."""
+    def take(self, fetch: Fetch, now_ns: int, busy: float = 1.0) -> list[Resident]:
+        """Takes a Fetch up: answers a demand's hits. `BadFetchError` if it makes no sense.
+
+        The busier the drive (`busy`, the share of the time), the surer a prefetch has to be."""
         ids = self._check(fetch)
         if fetch.prefetch:
             if self._is_late(fetch):
                 self.late_prefetches += 1
             else:
                 self._begin(fetch, -1)
-                self.ahead.take(fetch, ids)
+                self.ahead.take(fetch, ids, busy)
             return []
         if fetch.step in self._dropped:  # its Drop came by the shorter way
             self.late_fetches += 1
@@ -130,8 +133,9 @@ class Fetches:
 
     def groups(self, now_ns: int) -> Iterator[Group | Resident]:
         """What can go on now: groups to read, and parts that another fetch has brought by now."""
+        landed, self._landed = self._landed, set()
         for progress in self._fetches.values():
-            if len(progress.todo):
+            if len(progress.todo) and progress.fetch.layer in landed:
                 yield from self._hits(progress, now_ns)
             if len(progress.todo) and progress.in_flight < PARTS_IN_FLIGHT_MAX:
                 yield from self._next_groups(progress)
@@ -141,6 +145,7 @@ class Fetches:
     def land(self, tag: int, now_ns: int) -> list[Resident]:
         """All reads of a group are over and right."""
         group = self._groups.end(tag)
+        self._landed.add(group.layer)
         if group.fetch.prefetch:
             self.ahead.land(group)
             return []

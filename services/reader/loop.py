@@ -7,6 +7,7 @@ It trusts no message: a senseless one is counted and dropped.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterable
 
@@ -29,6 +30,8 @@ from services.reader.probe import choose_backend
 from services.reader.slowed import Slowed
 from services.reader.verify import Verifier
 
+PAUSE_NS = int(0.2e9)  # with nothing to read for so long, there is no work
+BUSY_NS = int(1e9)  # the time over which the drive's busy share is averaged
 PUBLISH_NS = int(POLL_S * 1e9)  # sooner than the heartbeat that carries the counters
 
 
@@ -68,6 +71,8 @@ class ReadTime:
         self._groups = 0
         self._since_ns = 0
         self._ns = 0
+        self.busy = 1.0
+        """The share of the time lately; a pause of the work is no time."""
 
     @property
     def reading(self) -> bool:
@@ -88,8 +93,12 @@ class ReadTime:
         return taken
 
     def _count(self, now_ns: int) -> None:
+        passed_ns = now_ns - self._since_ns
         if self._groups:
-            self._ns += now_ns - self._since_ns
+            self._ns += passed_ns
+        if self._groups or passed_ns < PAUSE_NS:
+            part = 1 - math.exp(-passed_ns / BUSY_NS)
+            self.busy += part * ((self._groups > 0) - self.busy)
         self._since_ns = now_ns
 
 
@@ -159,7 +168,7 @@ class Reader:
             assert isinstance(message, Fetch)
             began_ns = time.monotonic_ns()
             try:
-                answers = self._fetches.take(message, began_ns)
+                answers = self._fetches.take(message, began_ns, self._read_time.busy)
                 self._send(answers)
                 if message.trace:
                     left = sum(answer.left for answer in answers)
@@ -260,6 +269,7 @@ class Reader:
             "late_prefetches": fetches.late_prefetches,
             "unreadable_prefetches": ahead.unreadable,
             "evictions": sum(pool.evictions for pool in pools),
+            "drive_busy_permille": round(self._read_time.busy * 1000),
             "slots": sum(pool.usable for pool in pools),
             "slots_resident": sum(pool.resident for pool in pools),
             "reads": self._reads,

@@ -1,10 +1,11 @@
 """How often what was read ahead was then demanded: decides how far down a prefetch is read.
 
-Look-ahead names its neurons the surest first. Reading one for nothing costs the drive and the
-processors something, and where they are free nobody waits for it. So a layer's prefetch is read as
-far as two neurons of five were of use lately: on the 6.7B shape, where look-ahead names a third
-more neurons than the layer does, reading them all took 1.4 times the bytes (docs/benchmarks.md).
-Pure.
+Look-ahead names its neurons the surest first. A neuron that is not read ahead though it is needed
+costs the read's time, unhidden. One that is read for nothing costs the same only where the drive
+had something better to do. So with a drive that is busy for a share b of the time, a neuron is
+worth reading if it is needed with a probability p of p > b (1 - p), or b ÷ (1 + b): two of five on
+the 6.7B shape, whose reads take two thirds of the time and where reading all that is named took 1.4
+times the bytes; one of five on a small model (docs/benchmarks.md, docs/measurements.md). Pure.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 CLASSES = 16  # of a prefetch's neurons, by their place in it
-USEFUL_MIN = 0.4
 RATE = 1 / 16  # of a class's newest share in its average
 FEW = 8  # neurons of a class that count as a whole look at it
 LOOK_EVERY = (
@@ -28,12 +28,13 @@ class Usefulness:
         self._shares = np.ones((layers, CLASSES))
         self._prefetches = np.zeros(layers, np.int64)
 
-    def worth(self, layer: int, count: int) -> int:
-        """How many of a new prefetch's `count` neurons to read, the surest first."""
+    def worth(self, layer: int, count: int, busy: float) -> int:
+        """How many of a new prefetch's `count` neurons to read, the surest first, with a drive that
+        is busy for this share of the time."""
         self._prefetches[layer] += 1
         if self._prefetches[layer] % LOOK_EVERY == 0:
             return count
-        useless = np.flatnonzero(self._shares[layer] < USEFUL_MIN)
+        useless = np.flatnonzero(self._shares[layer] < busy / (1 + busy))
         classes = int(useless[0]) if len(useless) else CLASSES
         return -(-count * classes // CLASSES)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from common import probes
 from common.bench import floors
 from scripts.bench import main as bench_command
 from tests.unit.test_bench_run import SMALL
@@ -18,11 +19,11 @@ from tests.unit.test_bench_run import SMALL
 @pytest.mark.timeout(240)
 def test_a_bench_of_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The same programs on less: gigabytes of matrices tell no more about a report.
-    memory = functools.partial(floors.measure_memory, "--bytes", f"{16 << 20}")
-    monkeypatch.setattr(floors, "measure_memory", memory)
-    drive = floors.measure_drive
+    memory = functools.partial(probes.measure_memory, "--bytes", f"{16 << 20}")
+    monkeypatch.setattr(probes, "measure_memory", memory)
+    drive = probes.measure_drive
     few = ("--seconds", "0.05", "--depth", "32", "--bundles", "1")
-    monkeypatch.setattr(floors, "measure_drive", lambda store: drive(store, *few))
+    monkeypatch.setattr(probes, "measure_drive", lambda store: drive(store, *few))
     config, work = tmp_path / "tiny.json", tmp_path / "work"
     config.write_text(json.dumps(SMALL))
     files = {name: tmp_path / name for name in ("bench.json", "bench.png")}

@@ -10,13 +10,12 @@ from transformers import AutoModelForCausalLM
 from common.bench.floors import (
     drive_bytes_per_s,
     make_floors,
-    measure_drive,
-    measure_memory,
     overlap_efficiency,
     touched,
 )
 from common.bench.memory import matrices_bytes
 from common.limits import READS_IN_FLIGHT_MAX
+from common.probes import measure_drive, measure_memory
 from common.store.store import Store
 from tests.conftest import Made
 

@@ -59,6 +59,10 @@ def test_fit_writes_predictors_report_and_picture(store: Store, text: Path) -> N
         for kind in ("same", "ahead"):
             assert row[kind]["recall"] >= 0.9
             assert row[kind]["recall"] == pytest.approx(1 - row[kind]["false_negatives"])
+    for row in report["layers"]:  # a larger cache misses no more
+        assert len(row["misses"]) == len(report["cache_shares"])
+        assert row["misses"][0] <= 1
+        assert row["misses"] == sorted(row["misses"], reverse=True)
     assert report["totals"]["same"]["recall"] >= 0.99
     assert report["totals"]["ahead"]["recall"] >= 0.97
     factors = read_predictors(store)

@@ -332,6 +332,20 @@ def test_read_time_is_counted_once_however_much_is_read():
     assert time_read.take(200) == 0
 
 
+def test_the_drive_is_busy_for_the_share_of_the_time_in_which_it_reads():
+    time_read = ReadTime()
+    assert time_read.busy == 1, "nothing is known: what is read ahead has to be sure"
+    now_ns = 0
+    for _ in range(500):
+        time_read.begin(now_ns)
+        time_read.end(now_ns + 2_000_000, 1)
+        now_ns += 10_000_000
+    assert 0.19 < time_read.busy < 0.21
+    before = time_read.busy
+    time_read.begin(now_ns + 60_000_000_000)
+    assert abs(time_read.busy - before) < 0.01, "a minute without work does not count"
+
+
 def mutations(rng: random.Random, good: list[bytes]) -> list[bytes]:
     """A message that is random, or a good one with a byte changed or a frame gone or doubled."""
     kind = rng.randrange(5)

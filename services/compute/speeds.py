@@ -1,0 +1,129 @@
+"""How fast this machine makes compute's products: `python -m services.compute.speeds`, one JSON
+line.
+
+    decode   bytes per second of one token's products: resident matrices, a named neuron's first
+             row, a firing neuron's other rows, keys and values
+    block    seconds per byte of a block of BLOCK_ROWS tokens: resident matrices, and the FFN
+
+By the number format of the store: a bfloat16 one is computed in float32, and its resident bytes are
+counted as float32. measure.py compares other ways to make the same products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.store.geometry import DTYPE_BYTES, Geometry
+from common.system import cores
+from services.compute.attention import attend
+from services.compute.linear import RowLinear
+from services.compute.products import Products, bits_of
+from services.compute.rows import CacheRows
+
+HIDDEN = 4096
+SLOTS, NAMED, FIRED = 2000, 1600, 500
+RESIDENT = 4  # matrices in turn: more than the caches of a core hold
+HEADS, WIDTH, TOKENS = 32, 128, 512
+TURNS = 5
+BLOCK_ROWS = (16, 128)
+BLOCK_OUT = 1024  # rows of a block's matrix
+BLOCK_TURNS = 3
+
+
+def decode(dtype: str, products: Products) -> dict[str, float]:
+    """Bytes per second, by product."""
+    computed = _torch(Geometry(1, 1, 1, False, dtype).compute_dtype)
+    x = torch.randn(HIDDEN)
+    linears = [_linear(HIDDEN, computed, products) for _ in range(RESIDENT)]
+    rows, geometry = _rows(dtype, products)
+    row_bytes = HIDDEN * geometry.item_bytes
+    named, fired = (torch.randperm(SLOTS)[:count].sort().values for count in (NAMED, FIRED))
+    weights, out = torch.randn(FIRED), torch.zeros(HIDDEN)
+    key, value = (torch.randn(1, HEADS, TOKENS, WIDTH).to(computed) for _ in "kv")
+    query = torch.randn(1, HEADS, 1, WIDTH).to(computed)
+    made: dict[str, tuple[Callable[[], Any], int]] = {
+        "resident": (lambda: [linear(x) for linear in linears],
+                     RESIDENT * linears[0].weight.nbytes),
+        "named": (lambda: rows.dot("up", named, x), NAMED * row_bytes),
+        "fired": (lambda: rows.add("down", fired, weights, out), FIRED * row_bytes),
+        "context": (lambda: attend(nn.Identity(), query, key, value, None), 2 * key.nbytes),
+    }  # fmt: skip
+    return {name: size / _seconds(make, TURNS) for name, (make, size) in made.items()}
+
+
+def block(dtype: str, products: Products) -> dict[str, list[float]]:
+    """Seconds per byte at each of BLOCK_ROWS, by kind of weights."""
+    computed = _torch(Geometry(1, 1, 1, False, dtype).compute_dtype)
+    linear = _linear(BLOCK_OUT, computed, products)
+    rows, geometry = _rows(dtype, products)
+    slots = torch.arange(BLOCK_OUT)
+    found: dict[str, list[float]] = {"resident": [], "ffn": []}
+    for count in BLOCK_ROWS:
+        x, out = torch.randn(count, HIDDEN), torch.zeros(count, HIDDEN)
+
+        def ffn(x: torch.Tensor = x, out: torch.Tensor = out) -> None:
+            h = (x @ rows.widened("up", slots).T).relu()
+            out.addmm_(h, rows.widened("down", slots))
+
+        seconds = _seconds(functools.partial(linear, x), BLOCK_TURNS)
+        found["resident"].append(seconds / linear.weight.nbytes)
+        found["ffn"].append(_seconds(ffn, BLOCK_TURNS) / (BLOCK_OUT * geometry.bundle_bytes))
+    return found
+
+
+def _torch(dtype: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def _linear(outputs: int, dtype: torch.dtype, products: Products) -> RowLinear:
+    return RowLinear(nn.Linear(HIDDEN, outputs, bias=False, dtype=dtype), products)
+
+
+def _rows(dtype: str, products: Products) -> tuple[CacheRows, Geometry]:
+    geometry = Geometry(layers=1, neurons=SLOTS, hidden=HIDDEN, gated=False, dtype=dtype)
+    values = torch.randn(SLOTS, 2 * HIDDEN).to(_torch(dtype))
+    return CacheRows(bytearray(bits_of(values).tobytes()), geometry, products), geometry
+
+
+def _seconds(make: Callable[[], Any], turns: int) -> float:
+    make()  # kernels are made, pages are there
+    times = []
+    for _ in range(turns):
+        began = time.perf_counter()
+        make()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The program. Returns the exit status."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=cores(), help="of compute")
+    given = parser.parse_args(arguments)
+    products = Products(given.threads)
+    torch.set_num_threads(max(min(given.threads, cores() - 1), 1))  # as compute's loop does
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        found = {
+            "threads": given.threads,
+            "decode": {dtype: decode(dtype, products) for dtype in DTYPE_BYTES},
+            "block": {dtype: block(dtype, products) for dtype in DTYPE_BYTES},
+            "block_rows": BLOCK_ROWS,
+        }
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

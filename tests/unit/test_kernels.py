@@ -1,0 +1,90 @@
+"""The kernels against numpy's and torch's own arithmetic, in every number format."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from common.kernels import BITS, add_at, dot_at, mix, row_starts, score, widen_at
+from services.compute.products import SHARED_BYTES_MIN, Products, bits_of
+
+DTYPES = ["float16", "bfloat16", "float32"]
+
+
+def matrix(dtype: str, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix of a dtype, and the same numbers as float32."""
+    values = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
+    values = values.to(getattr(torch, dtype))
+    return values, values.float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 7, 30])
+def test_rows_anywhere(dtype: str, count: int) -> None:
+    values, wide = matrix(dtype, 40, 50)
+    chosen = torch.randperm(40)[:count]
+    items, starts = bits_of(values), row_starts(40, 50)[chosen.numpy()]
+    x, weights = np.random.default_rng(0).standard_normal((2, 50)).astype(np.float32)
+    out = np.empty(count, np.float32)
+    dot_at(items, starts, x, out)
+    np.testing.assert_allclose(out, wide[chosen].numpy() @ x, rtol=1e-5, atol=1e-5)
+    sums = x.copy()
+    add_at(items, starts, weights[:count], sums)
+    expected = x + weights[:count] @ wide[chosen].numpy()
+    np.testing.assert_allclose(sums, expected, rtol=1e-5, atol=1e-5)
+    rows = np.empty((count, 50), np.float32)
+    widen_at(items, starts, rows)
+    np.testing.assert_array_equal(rows, wide[chosen].numpy())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_comes_through(dtype: str) -> None:
+    special = torch.tensor([0.0, -0.0, 1e-7, -6e-8, 65504.0, torch.inf, -torch.inf, torch.nan])
+    values = special.to(getattr(torch, dtype))
+    out = np.empty((1, len(special)), np.float32)
+    widen_at(bits_of(values), row_starts(1, len(special)), out)
+    np.testing.assert_array_equal(out[0], values.float().numpy())
+    found = np.empty(1, np.float32)
+    dot_at(bits_of(values), row_starts(1, len(special)), np.ones(8, np.float32), found)
+    assert np.isnan(found[0])
+
+
+def test_int8_rows() -> None:
+    values = np.random.default_rng(0).integers(-128, 128, (9, 33)).astype(BITS["int8"])
+    x = np.ones(33, np.float32)
+    out = np.empty(9, np.float32)
+    dot_at(values.reshape(-1), row_starts(9, 33), x, out)
+    np.testing.assert_array_equal(out, values.sum(axis=1))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_heads_share_key_heads(kv_heads: int) -> None:
+    room, tokens, width = 12, 9, 16
+    keys, wide = matrix("float16", kv_heads * room, width)
+    query = torch.randn(4, width)
+    group = 4 // kv_heads
+    each = wide.view(kv_heads, room, width)[:, :tokens].repeat_interleave(group, dim=0)
+    scores = np.empty((4, tokens), np.float32)
+    score(query.numpy(), bits_of(keys), room, scores)
+    expected = (each @ query[:, :, None])[:, :, 0]
+    np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-4, atol=1e-4)
+    mixed = np.zeros((4, width), np.float32)
+    mix(scores, bits_of(keys), room, mixed)
+    expected = (torch.from_numpy(scores)[:, None] @ each)[:, 0]
+    np.testing.assert_allclose(mixed, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_a_product(threads: int) -> None:
+    rows, width = 2 * SHARED_BYTES_MIN // 2 // 1000, 1000
+    values, wide = matrix("float16", rows, width)
+    products, starts = Products(threads), row_starts(rows, width)
+    x, weights, out = torch.randn(width), torch.randn(rows), torch.zeros(width)
+    found = products.dot(bits_of(values), starts, x)
+    assert torch.allclose(found, wide @ x, rtol=1e-4, atol=1e-3)
+    products.add(bits_of(values), starts, weights, out)
+    assert torch.allclose(out, weights @ wide, rtol=1e-4, atol=1e-2)
+    widened = torch.empty(rows, width)
+    products.widen(bits_of(values), starts, widened)
+    assert torch.equal(widened, wide)
