@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import SettingError
+from common.slow import NOT_SLOWED, Slow, parse_slow
 from inflash._rundir import default_run_dir
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
@@ -57,6 +58,9 @@ class Settings:
     context: int = 2048  # tokens of prompt and answer, at most what the model can
     backend: str = "auto"  # how bundles are read: auto, aio or threads
     threads: int = 0  # of compute; 0: as many as there are cores
+    trace: str = "on"  # spans of requests that do not say themselves: see common/spans.py
+    metrics: str | None = None  # [HOST:]PORT of the gateway's Prometheus metrics; None: none
+    slow: Slow = NOT_SLOWED  # made slow on purpose, to see what comes of it
     log_level: str = "info"
     parent: int | None = None  # process id; a service ends when this process is no more its parent
 
@@ -110,6 +114,13 @@ def _window(text: str) -> int | None:
     return None if text == "auto" else _count(0)(text)
 
 
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} is no PORT or HOST:PORT, of a port from 1 to 65535")
+    return f"{host or '127.0.0.1'}:{port}"
+
+
 def _cache(text: str) -> str:
     cache_bytes(text, 1)  # raises for what is no size
     return text
@@ -143,6 +154,9 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "context": _count(1),
     "backend": _one_of("auto", "aio", "threads"),
     "threads": _count(0),
+    "trace": _one_of("on", "off"),
+    "metrics": _address,
+    "slow": parse_slow,
     "log_level": _one_of("debug", "info", "warning", "error"),
     "parent": _count(1),
 }

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.lowrank import EMBEDDING, Factors, Floats, Kind, ahead_features
+from common.spans import Span
 from inflash._messages import Stats
 
 Bools = npt.NDArray[np.bool_]
@@ -143,17 +144,17 @@ class Demand:
         return _share(self.misses, self.hits + self.misses)
 
 
-def demand_by_layer(events: Iterable[Mapping[str, Any]], layers: int) -> list[Demand]:
-    """Sums the `layer` events of compute's log over tokens after each request's prompt."""
-    found = [event for event in events if event["event"] == "layer"]
+def demand_by_layer(spans: Iterable[Span], layers: int) -> list[Demand]:
+    """Sums compute's `layer` spans over tokens after each request's prompt."""
+    found = [span for span in spans if span.name == "layer"]
     prompt: dict[int, int] = {}  # by request: its first step
-    for event in found:
-        prompt[event["request"]] = min(prompt.get(event["request"], event["step"]), event["step"])
+    for span in found:
+        prompt[span.request] = min(prompt.get(span.request, span.step), span.step)
     demands = [Demand()] * layers
-    for event in found:
-        if event["rows"] == 1 and event["step"] != prompt[event["request"]]:
+    for span in found:
+        if span.field("rows") == 1 and span.step != prompt[span.request]:
             fields = ("fired", "late_fired", "hits", "misses", "prefetched", "wasted_bytes")
-            demands[event["layer"]] += Demand(1, *(event[field] for field in fields))
+            demands[span.layer] += Demand(1, *(span.field(name) for name in fields))
     return demands
 
 

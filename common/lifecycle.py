@@ -10,7 +10,6 @@ A service is a function of a `Service`: it makes its links, says `ready`, and tu
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import queue
@@ -26,11 +25,12 @@ import zmq
 from common.claim import claim
 from common.config import Settings, read_settings
 from common.errors import LinkError, SettingError, UserError
-from common.limits import HEALTH_EVERY_S, NOTES_MAX, SEND_S
+from common.limits import HEALTH_EVERY_S, SEND_S
 from common.links import Link
-from common.log import LEVELS, LogFile, Note, open_log
+from common.log import LogFile, open_log
 from common.messages import Fault, Health, Ready
 from common.pagecache import forget_imports
+from common.spans import NO_LAYER, NO_REQUEST, NO_STEP, Recorder, RunDelay, SpanFile
 from common.store.store import Store
 from inflash._errors import InflashError
 from inflash._wire import VERSION
@@ -53,8 +53,10 @@ class Service:
         self._outgoing: queue.SimpleQueue[Ready | Fault | Health | None] = queue.SimpleQueue()
         self._heart = threading.Thread(target=self._send_health, name="heart", daemon=True)
         self._started = time.monotonic()
-        self._notes: collections.deque[Note] = collections.deque(maxlen=NOTES_MAX)
-        self._takes_notes = LEVELS[settings.log_level] <= LEVELS["info"]
+        self.spans = Recorder()
+        self._span_file = SpanFile(settings.run_dir, name)
+        self._delay = RunDelay(threading.get_native_id())
+        self._beaten_ns = time.monotonic_ns()
 
     def receive_from(self, link: str) -> Link:
         """The receiving, binding end of a link; closed when the service ends."""
@@ -91,15 +93,15 @@ class Service:
 
     def all_counters(self) -> dict[str, int]:
         dropped = sum(link.dropped for link in self._links)
-        return self.counters | {"bad_messages": self.counters.get("bad_messages", 0) + dropped}
+        bad = self.counters.get("bad_messages", 0) + dropped
+        return self.counters | {"bad_messages": bad, "spans_lost": self.spans.lost}
 
-    def note(self, event: str, **fields: Any) -> None:
-        """Logs a frequent event off the hot path: the heart thread writes it soon."""
-        if self._takes_notes:
-            self._notes.append((time.time(), event, fields))
-
-    def _write_notes(self) -> None:
-        self._log_file.append_notes([self._notes.popleft() for _ in range(len(self._notes))])
+    def _write_spans(self) -> None:
+        if self.settings.trace == "on":
+            since_ns, self._beaten_ns = self._beaten_ns, time.monotonic_ns()
+            at = NO_REQUEST, NO_STEP, NO_LAYER, since_ns, self._beaten_ns
+            self.spans.add("beat", *at, *self._delay.take())
+        self._span_file.append(self.spans.take())
 
     def health(self) -> Health:
         return Health(
@@ -120,7 +122,7 @@ class Service:
                     message = self.health()
                 if message is None:
                     return
-                self._write_notes()
+                self._write_spans()
                 if self.settings.parent not in (None, os.getppid()):
                     self.stop()  # whoever started us was killed: nobody else will end us
                 with contextlib.suppress(LinkError):  # a gateway that is gone ends us by signal
@@ -144,11 +146,12 @@ class Service:
         self._heart.join(timeout=1.0)
 
     def close(self) -> None:
-        """Ends the heartbeat, writes what was noted, closes the links."""
+        """Ends the heartbeat, writes the last spans, closes the links."""
         self._outgoing.put(None)
         if self._heart.is_alive():
             self._heart.join(timeout=2 * SEND_S)
-        self._write_notes()
+        self._write_spans()
+        self._delay.close()
         for link in self._links:
             link.close()
 

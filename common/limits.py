@@ -32,7 +32,8 @@ LINK_MESSAGES_MAX = 1024  # high-water mark of every socket
 RECEIVE_BATCH_MAX = 64  # messages taken from one socket before the others get a turn
 
 # Logs
-NOTES_MAX = 65_536  # frequent events waiting to be written; the oldest give way
+SPANS_MAX = 16_384  # spans that wait to be written; the oldest give way
+SPANS_BYTES_MAX = 32 << 20  # of a service's spans; then they become <name>.1 and a new file begins
 LOG_BYTES_MAX = 32 << 20  # of a service's log; then it becomes <name>.1 and a new one begins
 
 # Time

@@ -3,16 +3,16 @@
     <run dir>/log/<service>.jsonl      one event per line: event, level, time, service, its fields
     <run dir>/log/<service>.jsonl.1    the events before, if there were more than LOG_BYTES_MAX
 
-Events are nouns. Fields that every event has where it can: request, step, layer.
+Events are nouns. Fields that every event has where it can: request, step, layer. What happens in
+every layer is no event but a span: common/spans.py.
 """
 
 from __future__ import annotations
 
 import datetime
 import logging
+import os
 import sys
-import time
-from collections.abc import Iterable
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,9 +23,6 @@ from structlog.typing import EventDict, FilteringBoundLogger
 from common.limits import LOG_BYTES_MAX
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-
-Note = tuple[float, str, dict[str, Any]]
-"""A frequent event, kept to be written later: time in seconds, name, fields."""
 
 
 class LogFile:
@@ -39,29 +36,64 @@ class LogFile:
         folder = run_dir / "log"
         folder.mkdir(mode=0o700, exist_ok=True)
         logging.raiseExceptions = False  # it would report a full disk on stderr, line by line
-        self._service = service
         self._json = structlog.processors.JSONRenderer()
         self._handler = RotatingFileHandler(
             folder / f"{service}.jsonl", maxBytes=LOG_BYTES_MAX, backupCount=1, encoding="utf-8"
         )
 
-    def append(self, *events: EventDict) -> None:
-        """Writes events, a line each, all at once."""
-        lines = "\n".join(str(self._json(None, "", event)) for event in events)
-        self._handler.handle(logging.makeLogRecord({"msg": lines}))
-
-    def append_notes(self, notes: Iterable[Note]) -> None:
-        """Writes frequent events that were noted before."""
-        common = {"service": self._service, "level": "info"}
-        events = [
-            {"event": name, "time": _iso(seconds), **common, **fields}
-            for seconds, name, fields in notes
-        ]
-        if events:
-            self.append(*events)
+    def append(self, event: EventDict) -> None:
+        """Writes an event, a line."""
+        line = str(self._json(None, "", event))
+        self._handler.handle(logging.makeLogRecord({"msg": line}))
 
     def close(self) -> None:
         self._handler.close()
+
+
+class Tail:
+    """The lines that are added to a log from now on, through its rotation."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._rest = ""
+        self._file: TextIO | None = None
+        self._open(from_end=True)
+
+    def read(self) -> list[str]:
+        """The whole lines that are new."""
+        lines: list[str] = []
+        while True:
+            if self._file is None and not self._open(from_end=False):
+                return lines
+            assert self._file is not None
+            *whole, self._rest = (self._rest + self._file.read()).split("\n")
+            lines += whole
+            if not self._was_rotated():
+                return lines
+            *whole, self._rest = (self._rest + self._file.read()).split("\n")  # its very end
+            lines += whole
+            self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file, self._rest = None, ""
+
+    def _open(self, *, from_end: bool) -> bool:
+        try:
+            self._file = self._path.open(encoding="utf-8")
+        except FileNotFoundError:
+            return False
+        if from_end:
+            self._file.seek(0, os.SEEK_END)
+        return True
+
+    def _was_rotated(self) -> bool:
+        assert self._file is not None
+        try:
+            return self._path.stat().st_ino != os.fstat(self._file.fileno()).st_ino
+        except FileNotFoundError:
+            return False
 
 
 def open_log(file: LogFile, service: str, level: str) -> FilteringBoundLogger:
@@ -75,12 +107,8 @@ def open_log(file: LogFile, service: str, level: str) -> FilteringBoundLogger:
     return bound
 
 
-def _iso(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
-
-
 def _add_time(_: Any, method: str, event: EventDict) -> EventDict:
-    event["time"] = _iso(time.time())
+    event["time"] = datetime.datetime.now(datetime.UTC).isoformat()
     return event
 
 
@@ -91,9 +119,9 @@ def _add_level(_: Any, method: str, event: EventDict) -> tuple[tuple[EventDict],
 
 class _Output:
     """Writes each event to the file as JSON, and to the terminal, as text, what a person who
-    watches a server wants to see: how bundles are read, requests that ended, and what is wrong."""
+    watches a server wants to see: how bundles are read, and what is wrong."""
 
-    SHOWN = frozenset({"backend", "finished", "refused", "vanished"})
+    SHOWN = frozenset({"backend", "refused", "vanished"})
 
     def __init__(self, file: LogFile, terminal: TextIO):
         self._file = file

@@ -49,6 +49,7 @@ class Admit:
     sampling: Sampling
     logits: bool
     prompt: Raw  # int32 [tokens]
+    trace: bool = True  # record spans (common/spans.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ class Predict:
     layer: int
     whole: bool
     x: Raw  # float32 [1 to PREDICT_ROWS_MAX rows, hidden]
+    trace: bool = True
 
 
 # predictor → reader
@@ -104,6 +106,7 @@ class Fetch:
     prefetch: bool
     named_ns: int  # when the predictor had named them
     ids: Raw  # int32 neuron ids, ascending; of a prefetch the surest first
+    trace: bool = True
 
 
 # reader → compute

@@ -129,6 +129,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def core_cache_bytes(root: Path = ROOT) -> int | None:
+    """The largest cache that a core has, or shares with others; None where nothing tells."""
+    texts = [_text(path) or "" for path in root.glob("sys/devices/system/cpu/cpu0/cache/*/size")]
+    sizes = [1024 * int(text[:-1]) for text in texts if text[:-1].isdecimal() and text[-1] == "K"]
+    return max(sizes, default=None)
+
+
 def processor(root: Path = ROOT) -> str:
     """Its name."""
     lines = (_text(root / "proc/cpuinfo") or "").splitlines()

@@ -95,6 +95,7 @@ class AsyncClient:
         ignore_eos: bool = False,
         forced: Sequence[int] = (),
         logits: bool = False,
+        trace: bool | None = None,
     ) -> AsyncGeneration:
         """As `Client.generate`; awaiting it sends the request."""
         sampling = make_sampling(
@@ -111,7 +112,7 @@ class AsyncClient:
         await self._connect()
         came = asyncio.Event()
         now = time.monotonic()
-        mailbox, frames = self._session.generate(prompt, sampling, logits, now, came.set)
+        mailbox, frames = self._session.generate(prompt, sampling, logits, now, came.set, trace)
         await self._send(frames)
         return AsyncGeneration(self, mailbox, came)
 

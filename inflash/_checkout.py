@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "Check every byte of a store against its checksums.",
     "fit": "Fit predictors for a store, from any text.",
     "serve": "Start a server for a store.",
+    "trace": "Say where each token's time went, and what bounds a run.",
     "compare": "Prove that a store answers as its checkpoint does.",
     "eval": "Measure what fitted predictors cost in accuracy and save in bytes.",
     "bench": "Measure inflash beside others, on a checkpoint that it makes.",

@@ -46,6 +46,9 @@ def sampling_options(command: Any) -> Any:
         click.option("--seed", type=int, help="The same seed gives the same answer."),
         click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; repeatable."),
         click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token."),
+        click.option(
+            "--trace/--no-trace", default=None, help="For `inflash trace`; default: as the server."
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -149,6 +152,7 @@ def _as_json(generation: Generation, ids: list[int], logprobs: list[float]) -> d
         "decode_late_share": stats.decode_late_share,
         "decode_hidden_share": stats.decode_hidden_share,
         "decode_stall_share": stats.decode_stall_share,
+        "decode_python_s": stats.decode_python_s,
     }
     return {
         "text": generation.text,
@@ -174,9 +178,23 @@ def stats_line(stats: Stats) -> str:
             f"{stats.decode_bytes_per_token / 1e6:.2f} MB read per token",
             f"hit rate {100 * stats.decode_hit_rate:.1f} %",
             f"reads hidden {100 * stats.decode_hidden_share:.0f} %",
-            f"stall {100 * stats.decode_stall_share:.0f} %",
+            _shares(stats),
         ]
     )
+
+
+def _shares(stats: Stats) -> str:
+    """Where the decode time went, for a person."""
+    if not stats.decode_s:
+        return "nothing decoded"
+    seconds = {
+        "compute": stats.decode_compute_s,
+        "predictor": stats.decode_predictor_stall_s,
+        "queue": stats.decode_queue_stall_s,
+        "flash": stats.decode_flash_stall_s,
+    }
+    parts = [f"{name} {100 * s / stats.decode_s:.0f}" for name, s in seconds.items()]
+    return f"time, %: {', '.join(parts)}, rest {100 * stats.decode_python_s / stats.decode_s:.0f}"
 
 
 def _add_script(name: str, summary: str) -> None:

@@ -93,13 +93,15 @@ class Client:
         ignore_eos: bool = False,
         forced: Sequence[int] = (),
         logits: bool = False,
+        trace: bool | None = None,
     ) -> Generation:
         """Asks for the continuation of `prompt`: text, token ids or chat turns.
 
         The defaults are greedy. `stop`: texts that end the answer, not part of it. `logits`: send
         float32 [vocabulary] with every token. `forced`: token ids that the answer begins with,
-        given instead of chosen: their logprobs say how the model finds them. `ValueError` for a
-        sampling value out of range; what the server refuses is raised by the iterator.
+        given instead of chosen: their logprobs say how the model finds them. `trace`: whether the
+        server records where the time goes, for `inflash trace`; None: as it is set. `ValueError`
+        for a sampling value out of range; what the server refuses is raised by the iterator.
         """
         sampling = make_sampling(
             max_new_tokens=max_new_tokens,
@@ -113,7 +115,9 @@ class Client:
             forced=forced,
         )
         self._connect()
-        mailbox, frames = self._session.generate(prompt, sampling, logits, time.monotonic())
+        mailbox, frames = self._session.generate(
+            prompt, sampling, logits, time.monotonic(), trace=trace
+        )
         self._send(frames)
         return Generation(self, mailbox)
 

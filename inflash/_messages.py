@@ -82,6 +82,10 @@ class Stats:
     decode_read_s: float  # time in which reads were in flight
     decode_stall_s: float
     decode_flash_stall_s: float  # of that, waiting for reads
+    decode_predictor_stall_s: float  # of that, until the neurons were named
+    decode_queue_stall_s: float  # of that, while messages lay between two processes
+    compute_s: float  # products of matrices, and choosing tokens
+    decode_compute_s: float
 
     @property
     def tokens_per_s(self) -> float:
@@ -118,6 +122,11 @@ class Stats:
         return max(1.0 - self.decode_flash_stall_s / self.decode_read_s, 0.0)
 
     @property
+    def decode_python_s(self) -> float:
+        """The rest of the decode time: the model's code around its products, and messages."""
+        return max(self.decode_s - self.decode_compute_s - self.decode_stall_s, 0.0)
+
+    @property
     def decode_stall_share(self) -> float:
         """Share of the decode time in which compute waited for a neuron."""
         return self.decode_stall_s / self.decode_s if self.decode_s > 0 else 0.0
@@ -129,6 +138,7 @@ class Generate:
     prompt: str | tuple[int, ...] | tuple[dict[str, str], ...]  # text, token ids or chat turns
     sampling: Sampling
     logits: bool  # send the full logits with every token (for proofs; large)
+    trace: bool | None = None  # record where its time goes; None: as the server is set
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,10 +82,11 @@ class Session:
         logits: bool,
         now: float,
         wake: Callable[[], None] = lambda: None,
+        trace: bool | None = None,
     ) -> tuple[Mailbox, list[Raw]]:
         """Opens a request; returns its mailbox and the frames to send."""
         number = next(self._numbers)
-        frames = CLIENT_CODEC.encode(Generate(number, wire_prompt(prompt), sampling, logits))
+        frames = CLIENT_CODEC.encode(Generate(number, wire_prompt(prompt), sampling, logits, trace))
         return self._open_mailbox(number, now, wake), frames
 
     def status(

@@ -75,7 +75,21 @@ def _facts(report: Report) -> Table:
         f"{queue['running']} running, {queue['waiting']} waiting (at most {queue['max']})",
     )
     table.add_row("requests", ", ".join(f"{k} {v:,}" for k, v in counters.items()))
+    if report["figures"]["requests"]:
+        table.add_row("answers", _figures(report["figures"]))
     return table
+
+
+def _figures(figures: Mapping[str, Any]) -> str:
+    """Of all answers together."""
+    seconds = figures["decode_s"]
+    whole = seconds["all"] or 1.0
+    shares = [f"{k} {100 * s / whole:.0f} %" for k, s in seconds.items() if k != "all"]
+    return (
+        f"{figures['new_tokens']:,} tokens, {figures['tokens_per_s']:.1f} tokens/s,"
+        f" {_bytes(figures['bytes_read'])} read, hit rate {100 * figures['hit_rate']:.1f} %,"
+        f" late {100 * figures['late_share']:.1f} %; time: {', '.join(shares)}"
+    )
 
 
 def _is_bytes(key: str) -> bool:

@@ -33,6 +33,7 @@ from common.lowrank import has_predictors, read_predictors
 from common.model.streamed import Bits, Ids, load_streamed, run
 from common.outputs import sentences
 from common.plan import make_plan
+from common.spans import read_spans
 from common.store.store import Store
 from inflash import Client, Stats
 from inflash._errors import InflashError
@@ -40,7 +41,7 @@ from scripts.options import server_options
 
 CACHE = "25%"  # of the FFN, where neither a budget nor a cache is given
 LENGTH_MIN = 8  # of a window: its first token is given, and nothing looks ahead for it
-NOT_OURS = ("predictor", "log_level")  # both predictors run, and what is late is in the log
+NOT_OURS = ("predictor", "trace")  # both predictors run, and what is late is in the spans
 
 Tick = Callable[[float], None]
 """Told how many tokens more are done."""
@@ -166,7 +167,7 @@ def options_for(
 ) -> dict[str, str]:
     """A server's options, checked for what this evaluation needs of them."""
     chosen = options | {"store": str(store.path.absolute()), "predictor": predictor}
-    chosen["log_level"] = "info"  # of which the layers' events are
+    chosen["trace"] = "on"
     settings = Server(chosen).settings
     if settings.memory is None and settings.cache is None:
         chosen["cache"] = CACHE
@@ -210,8 +211,8 @@ def serve(store: Store, options: dict[str, str], ids: Ids, tick: Tick) -> Served
         cache_bytes = make_plan(server.settings, store).cache_bytes
         with server, Client(run_dir) as client:
             fed = [feed(client, window.tolist(), tick) for window in ids]
-        # The log is whole now: compute's heart has written its last.
-        demands = demand_by_layer(read_log(Path(run_dir) / "log"), store.geometry.layers)
+        # The spans are whole now: compute's heart has written its last.
+        demands = demand_by_layer(read_spans(Path(run_dir), "compute"), store.geometry.layers)
     found = Found(np.array([nll for nll, _, _ in fed]), np.array([top for _, top, _ in fed]))
     return Served(found, add_stats([stats for _, _, stats in fed]), demands, cache_bytes)
 
@@ -239,14 +240,6 @@ def feed(client: Client, window: list[int], tick: Tick) -> tuple[list[float], li
             f" ({answer.finish_reason}): it was stopped"
         )
     return nll, top, answer.stats
-
-
-def read_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """Compute's events, oldest first; of a long run the oldest are lost."""
-    for name in ("compute.jsonl.1", "compute.jsonl"):
-        if (folder / name).exists():
-            with (folder / name).open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
 
 
 def show(found: dict[str, Any]) -> None:

@@ -40,6 +40,17 @@ _OPTIONS = [
     click.option("--context", metavar="TOKENS", help="Prompt and answer. [default: 2048]"),
     click.option("--threads", metavar="N", help="Of compute. [default: all cores]"),
     click.option("--backend", type=click.Choice(["auto", "aio", "threads"]), help="How to read."),
+    click.option(
+        "--trace",
+        type=click.Choice(["on", "off"]),
+        help="Record where each token's time goes, for `inflash trace`. [default: on]",
+    ),
+    click.option("--metrics", metavar="[HOST:]PORT", help="Prometheus metrics; host 127.0.0.1."),
+    click.option(
+        "--slow",
+        metavar="WHAT",
+        help="For diagnosis: slowed on purpose, as reads:1%:20ms or predictor:3ms.",
+    ),
     click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"])),
 ]
 

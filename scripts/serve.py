@@ -15,10 +15,13 @@ from common.config import Settings
 from common.errors import UserError
 from common.launch import Server
 from common.limits import POLL_S
+from common.log import Tail
 from common.pagecache import forget_imports
 from common.plan import Plan, make_plan, resolve_predictor
 from common.store.store import Store
 from common.system import swap_written_bytes
+from inflash import Stats
+from inflash._cli import stats_line
 from inflash._errors import InflashError
 from scripts.options import server_options
 
@@ -34,7 +37,8 @@ def main(
 ) -> None:
     """Serve STORE until Ctrl-C: four processes, found by `inflash generate` and by Client().
 
-    Prints the memory plan, and one line when it is ready. Logs: RUN_DIR/log/*.jsonl.
+    Prints the memory plan, one line when it is ready, and one for each request that has ended.
+    Logs: RUN_DIR/log/*.jsonl; where the time went: inflash trace RUN_DIR.
     """
     given = {key: value for key, value in options.items() if value is not None}
     given["store"] = str(store.absolute())
@@ -62,12 +66,16 @@ def serve(options: dict[str, str]) -> int:
     store = Store.open(server.settings.store)
     plan = make_plan(server.settings, store)  # a bad one is told before anything starts
     print(plan_table(plan), flush=True)
+    ended = Tail(server.run_dir / "log" / "gateway.jsonl")
     try:
         server.start(lambda: bool(stopping))
         if not stopping:
             print(ready_line(server.settings, store, plan), flush=True)
         forget_imports()
         while not stopping:
+            for line in ended.read():
+                if said := request_line(line):
+                    print(said, flush=True)
             if lost := server.lost():
                 print(f"error: {' '.join(lost)}; the server stops", file=sys.stderr)
                 server.let_gateway_say_why()
@@ -91,6 +99,20 @@ def ready_line(settings: Settings, store: Store, plan: Plan) -> str:
         f" · cache {plan.cache_bytes / 1e6:,.1f} MB = {plan.cache_bytes / geometry.ffn_bytes:.0%}"
         f" of the FFN · memory {plan.memory_bytes / 1e9:.2f} GB · {settings.run_dir}"
     )
+
+
+def request_line(line: str) -> str:
+    """What is said of a request that has ended, by the gateway's event; "" of other events."""
+    event = json.loads(line)
+    name = f"request {event.get('ordinal')}"
+    if event["event"] == "failed":
+        return f"{name} failed: {event['reason']}"
+    if event["event"] == "vanished":
+        return f"{name} was given up: its client is gone"
+    if event["event"] != "finished":
+        return ""
+    stats = Stats(**event["stats"])
+    return f"{name} ({event['reason']}) · prompt {stats.prompt_tokens:,} · {stats_line(stats)}"
 
 
 def plan_table(plan: Plan) -> str:

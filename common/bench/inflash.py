@@ -21,10 +21,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -34,6 +33,7 @@ from common.errors import UserError
 from common.launch import Server
 from common.pagecache import forget_imports
 from common.plan import make_plan
+from common.spans import Span, read_spans
 from common.store.store import Store
 from inflash import Client, Stats, __version__
 from inflash._errors import InflashError
@@ -105,7 +105,7 @@ def contend(options: Options) -> Served:
         except InflashError as error:
             raise UserError(f"the server did not answer: {error}") from None
         # The log is whole now: compute's heart has written its last.
-        waits = waits_by_request(_log(server.run_dir / "log"))
+        waits = waits_by_request(read_spans(server.run_dir, "compute"))
     if len(waits) == len(answered):
         pairs = zip(answered, waits, strict=True)
         answered = [dataclasses.replace(answer, waits=one) for answer, one in pairs]
@@ -195,35 +195,27 @@ def _ask(client: Client, server: Server, question: Question) -> Answered:
     return Answered(question.kind, timed, answer.stats)
 
 
-def waits_by_request(events: Iterable[dict[str, Any]]) -> list[Waits]:
-    """What each request's decode steps waited for, in the requests' order, by compute's log."""
-    layers: dict[int, list[dict[str, Any]]] = {}
-    for event in events:
-        if event["event"] == "layer" and event["rows"] == 1:
-            layers.setdefault(event["request"], []).append(event)
+def waits_by_request(spans: Iterable[Span]) -> list[Waits]:
+    """What each request's decode steps waited for, in the requests' order, by compute's spans."""
+    layers: dict[int, list[Span]] = {}
+    for span in spans:
+        if span.name == "layer" and span.field("rows") == 1:
+            layers.setdefault(span.request, []).append(span)
     return [_waits(layers[request]) for request in sorted(layers)]
 
 
-def _waits(layers: list[dict[str, Any]]) -> Waits:
-    steps = len({event["step"] for event in layers})
+def _waits(layers: list[Span]) -> Waits:
+    steps = len({span.step for span in layers})
     sums = {
-        key: sum(event[key] for event in layers)
-        for key in ("wait_predictor_us", "wait_queue_us", "wait_flash_us", "reads", "bytes_read")
+        key: sum(span.field(key) for span in layers)
+        for key in ("predictor_ns", "queue_ns", "flash_ns", "reads", "bytes_read")
     }
     return Waits(
-        sums["wait_predictor_us"] / 1e3 / steps,
-        sums["wait_queue_us"] / 1e3 / steps,
-        sums["wait_flash_us"] / 1e3 / steps,
+        sums["predictor_ns"] / 1e6 / steps,
+        sums["queue_ns"] / 1e6 / steps,
+        sums["flash_ns"] / 1e6 / steps,
         sums["bytes_read"] / sums["reads"] if sums["reads"] else None,
     )
-
-
-def _log(folder: Path) -> Iterator[dict[str, Any]]:
-    """Compute's events, oldest first."""
-    for name in ("compute.jsonl.1", "compute.jsonl"):
-        if (folder / name).exists():
-            with (folder / name).open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -34,6 +34,9 @@ class Tally:
     read_ns: int = 0
     stall_ns: int = 0
     flash_ns: int = 0
+    predictor_ns: int = 0
+    queue_ns: int = 0
+    compute_ns: int = 0
 
     def add(self, waits: list[LayerWaits]) -> None:
         for layer in waits:
@@ -48,6 +51,9 @@ class Tally:
             self.read_ns += layer.read_ns
             self.stall_ns += layer.stall_ns
             self.flash_ns += layer.flash_ns
+            self.predictor_ns += layer.predictor_ns
+            self.queue_ns += layer.queue_ns
+            self.compute_ns += layer.compute_ns
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,9 @@ class Generation:
         for count in range(1, limit + 1):
             end = len(prompt) + count - 1
             given = forced[count - 1] if count <= len(forced) else None
+            began_ns = time.monotonic_ns()
             token, logprob = sampler.choose(sequence[:end], logits, given)
+            self._add_compute(count, time.monotonic_ns() - began_ns)
             sequence[end] = token
             self._mark(count)
             yield Choice(token, logprob, logits)
@@ -94,6 +102,10 @@ class Generation:
                 return
             if count < limit:
                 logits = self._decode(sequence[end : end + 1], end)
+
+    def _add_compute(self, count: int, ns: int) -> None:
+        self.total.compute_ns += ns
+        self.decode.compute_ns += ns if count > 1 else 0
 
     def _mark(self, count: int) -> None:
         self.new_tokens, self.last_token = count, time.monotonic()
@@ -137,4 +149,8 @@ class Generation:
             decode_read_s=self.decode.read_ns / 1e9,
             decode_stall_s=self.decode.stall_ns / 1e9,
             decode_flash_stall_s=self.decode.flash_ns / 1e9,
+            decode_predictor_stall_s=self.decode.predictor_ns / 1e9,
+            decode_queue_stall_s=self.decode.queue_ns / 1e9,
+            compute_s=self.total.compute_ns / 1e9,
+            decode_compute_s=self.decode.compute_ns / 1e9,
         )

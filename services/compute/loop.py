@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import time
 from collections import deque
 
@@ -19,7 +18,9 @@ from common.lifecycle import Service
 from common.limits import POLL_S, QUEUE_MAX
 from common.messages import Abort, Admit, Done, Token
 from common.plan import make_plan
+from common.spans import NO_LAYER
 from common.store.store import Store, read_end_ids
+from common.system import cores
 from services.compute.failures import StepAbortedError, StepFailedError
 from services.compute.generation import Generation
 from services.compute.kv import make_kv_cache
@@ -31,11 +32,10 @@ from services.compute.waits import LayerWaits
 
 def serve(service: Service, store: Store) -> None:
     """Runs until asked to stop."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = service.settings.threads or cores or 1
+    threads = service.settings.threads or cores()
     # torch's threads spin after a product, and would starve reader and predictor: one core is left
     # to them. Ours do not.
-    torch.set_num_threads(max(min(threads, (cores or 2) - 1), 1))
+    torch.set_num_threads(max(min(threads, cores() - 1), 1))
     loop = ComputeLoop(service, store, Products(threads))
     with torch.inference_mode():
         loop.run()
@@ -93,16 +93,22 @@ class ComputeLoop:
         return int(ids.min()) >= 0 and max(int(ids.max()), forced) < self._vocabulary
 
     def _generate(self, admit: Admit) -> None:
+        laps = self._pipeline.laps
+        laps.begin(admit.request, admit.trace)
         self._kv.reset()
         generation = self._generation(admit)
         reason, failed_by, error = "", "", ""
         try:
-            for choice in generation.tokens():
+            for index, choice in enumerate(generation.tokens()):
+                laps.lap("sample")
                 logits = choice.logits.numpy().tobytes() if admit.logits else b""
                 token = Token(admit.request, self._step, choice.token_id, choice.logprob, logits)
                 self._answers.send(token)
                 self._service.count("tokens")
-                if self._is_aborted(admit.request):
+                aborted = self._is_aborted(admit.request)
+                laps.lap("send")
+                laps.token(index)
+                if aborted:
                     raise StepAbortedError
             reason = generation.reason
         except StepAbortedError:
@@ -135,7 +141,8 @@ class ComputeLoop:
     ) -> tuple[torch.Tensor, list[LayerWaits]]:
         """One forward pass: see generation.Step."""
         self._step = next(self._steps)
-        began_ns = time.monotonic_ns()
+        laps = self._pipeline.laps
+        laps.step, began_ns = self._step, laps.at_ns
         self._pipeline.begin(request, self._step, lambda: self._is_aborted(request))
         output = self._model(
             input_ids=tokens[None],
@@ -144,41 +151,19 @@ class ComputeLoop:
             use_cache=True,
             logits_to_keep=1,
         )
-        self._note(request, self._pipeline.waits, time.monotonic_ns() - began_ns)
+        product_ns = laps.product_time.take()
+        laps.lap("head", NO_LAYER, product_ns)
+        laps.since("step", began_ns, NO_LAYER, len(tokens))
+        self._pipeline.waits[-1].compute_ns += product_ns
+        self._count(self._pipeline.waits)
         return output.logits[0, -1].float(), self._pipeline.waits
 
-    def _note(self, request: int, waits: list[LayerWaits], wall_ns: int) -> None:
-        """One event per layer with its waits, and one for the step; written off this path."""
-        for layer, w in enumerate(waits):
-            self._service.note(
-                "layer",
-                request=request,
-                step=self._step,
-                layer=layer,
-                rows=w.rows,
-                hits=w.hits,
-                misses=w.misses,
-                fired=w.fired,
-                late_fired=w.late_fired,
-                prefetched=w.prefetched,
-                extra=w.extra,
-                parts=w.parts,
-                reads=w.reads,
-                bytes_read=w.bytes_read,
-                wasted_bytes=w.wasted_bytes,
-                read_us=w.read_ns // 1000,
-                wait_predictor_us=w.predictor_ns // 1000,
-                wait_queue_us=w.queue_ns // 1000,
-                wait_flash_us=w.flash_ns // 1000,
-            )
-        stall_ns = sum(w.stall_ns for w in waits)
-        self._service.note(
-            "step",
-            request=request,
-            step=self._step,
-            rows=waits[0].rows if waits else 0,
-            wall_us=wall_ns // 1000,
-            stall_us=stall_ns // 1000,
-        )
-        self._service.count("steps")
-        self._service.count("stall_us", stall_ns // 1000)
+    def _count(self, waits: list[LayerWaits]) -> None:
+        """The counters of `inflash status`."""
+        count = self._service.count
+        count("steps")
+        count("compute_us", sum(w.compute_ns for w in waits) // 1000)
+        for cause in ("predictor", "queue", "flash"):
+            count(f"stall_{cause}_us", sum(getattr(w, f"{cause}_ns") for w in waits) // 1000)
+        count("fired", sum(w.fired for w in waits))
+        count("late_fired", sum(w.late_fired for w in waits))

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AttentionInterface, AutoConfig
 
 from common.model.families import family_named
 from common.model.skeleton import build_skeleton, load_resident
 from common.store.store import Store
-from services.compute.attention import ATTENTION
+from services.compute.attention import ATTENTION, attend
 from services.compute.ffn import FlashFFN
-from services.compute.linear import multiply_rows
+from services.compute.laps import ProductTime
+from services.compute.linear import RowLinear, multiply_rows
 from services.compute.pipeline import Pipeline
 from services.compute.products import Products
 
@@ -30,6 +31,7 @@ def load_model(store: Store, pipeline: Pipeline, products: Products) -> Any:
     model: nn.Module = build_skeleton(config, flash_ffn, dtype, attention=ATTENTION)
     load_resident(model, store.resident_paths())
     multiply_rows(model, products)
+    time_products(model, pipeline.laps.product_time)
 
     def tell(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden = args[0] if args else named["hidden_states"]
@@ -38,3 +40,11 @@ def load_model(store: Store, pipeline: Pipeline, products: Products) -> Any:
     layers = model.get_submodule(family_named(config.model_type).layers)
     layers.get_submodule("0").register_forward_pre_hook(tell, with_kwargs=True)
     return model
+
+
+def time_products(model: nn.Module, products: ProductTime) -> None:
+    """Has the products of attention and head counted: the rest of their time is Python's."""
+    for module in model.modules():
+        if isinstance(module, RowLinear):
+            setattr(module, "forward", products.timed(module.forward))  # noqa: B010
+    AttentionInterface.register(ATTENTION, products.timed(attend))

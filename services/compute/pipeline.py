@@ -23,6 +23,7 @@ from common.messages import Attached, Cache, Drop, Predict, Release, Resident, U
 from common.segment import attach_segment, segment_path
 from common.store.geometry import Geometry
 from services.compute.failures import StepAbortedError, StepFailedError
+from services.compute.laps import Laps
 from services.compute.products import Products
 from services.compute.rows import CacheRows
 from services.compute.waits import LayerWaits
@@ -53,6 +54,7 @@ class Pipeline:
         self._request = self._step = 0
         self._aborted: Callable[[], bool] = lambda: False
         self.waits: list[LayerWaits] = []
+        self.laps = Laps(service.spans)
         self.rows: CacheRows
         """The rows of the whole cache; set by `attach`."""
 
@@ -94,16 +96,22 @@ class Pipeline:
 
         Raises StepFailedError, StepAbortedError, and LinkError if no part comes within PART_S.
         """
-        waits = LayerWaits(len(x), time.monotonic_ns())
+        product_ns = self.laps.product_time.take()
+        self.laps.lap("attention", layer, product_ns)
+        waits = LayerWaits(len(x), self.laps.at_ns, compute_ns=product_ns)
         self.waits.append(waits)
         self._ask(layer, x)
+        self.laps.lap("ask", layer)
         while True:
             resident = self._next(layer, waits)
             waits.count(resident)
-            if len(resident.ids):
+            if neurons := len(resident.ids) // 4:
                 yield Part(_indices(resident.ids), _indices(resident.slots), resident.part > 0)
+                waits.compute_ns += self.laps.lap("ffn", layer, resident.part, neurons)
             self._release.send(Release(self._step, layer, resident.part))
+            self.laps.lap("release", layer, resident.part)
             if resident.left == 0:
+                self.laps.since("layer", waits.asked_ns, layer, *waits.counts())
                 return
 
     def fired(self, part: Part, count: int) -> None:
@@ -113,23 +121,27 @@ class Pipeline:
 
     def embedded(self, x: torch.Tensor) -> None:
         """Tells what enters layer 0, `x` [rows, hidden]: layer 0 is looked ahead from it."""
+        self.laps.lap("embed", EMBEDDING, self.laps.product_time.take())
         self._ask(EMBEDDING, x)
+        self.laps.lap("ask", EMBEDDING)
 
     def _ask(self, layer: int, x: torch.Tensor) -> None:
         whole = len(x) > PREDICT_ROWS_MAX
         frame = (x[-1:] if whole else x).float().contiguous().numpy().tobytes()
-        self._predict.send(Predict(self._request, self._step, layer, whole, frame))
+        self._predict.send(Predict(self._request, self._step, layer, whole, frame, self.laps.trace))
 
     def _next(self, layer: int, waits: LayerWaits) -> Resident:
-        since_ns = looked_ns = time.monotonic_ns()
-        deadline_ns = since_ns + int(PART_S * 1e9)
+        since_ns, looked_ns = self.laps.at_ns, time.monotonic_ns()
+        deadline_ns = looked_ns + int(PART_S * 1e9)
         while True:
             for message in self._resident.receive():
                 if self._is_ours(message, layer):
                     if isinstance(message, Unreadable):
                         raise StepFailedError("reader", message.reason)
                     stamps = message.named_ns, message.taken_ns, message.landed_ns
-                    waits.add(since_ns, time.monotonic_ns(), *stamps)
+                    came_ns = time.monotonic_ns()
+                    causes = waits.add(since_ns, came_ns, *stamps)
+                    self.laps.lap("wait", layer, message.part, *causes, at_ns=came_ns)
                     return message
             if self._aborted() or not self._service.running():
                 raise StepAbortedError

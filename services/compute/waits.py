@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.messages import Resident
+from common.spans import COUNTS
 
 
 @dataclass(slots=True)
@@ -32,6 +33,7 @@ class LayerWaits:
     predictor_ns: int = 0
     queue_ns: int = 0
     flash_ns: int = 0
+    compute_ns: int = 0  # in products: its own, and those of the attention before it
 
     @property
     def stall_ns(self) -> int:
@@ -54,13 +56,20 @@ class LayerWaits:
 
     def add(
         self, since_ns: int, until_ns: int, named_ns: int, taken_ns: int, landed_ns: int
-    ) -> None:
-        """Charges the wait from `since_ns` to `until_ns`, which one part ended."""
+    ) -> tuple[int, int, int]:
+        """Charges the wait from `since_ns` to `until_ns`, which one part ended, to its causes:
+        nanoseconds of predictor, queue and flash."""
         predictor = _common(since_ns, until_ns, self.asked_ns, named_ns)
         flash = _common(since_ns, until_ns, taken_ns, landed_ns)
+        queue = max(until_ns - since_ns - predictor - flash, 0)
         self.predictor_ns += predictor
         self.flash_ns += flash
-        self.queue_ns += max(until_ns - since_ns - predictor - flash, 0)
+        self.queue_ns += queue
+        return predictor, queue, flash
+
+    def counts(self) -> tuple[int, ...]:
+        """The fields of the layer's span."""
+        return tuple(getattr(self, name) for name in COUNTS)
 
 
 def _common(a_from: int, a_to: int, b_from: int, b_to: int) -> int:

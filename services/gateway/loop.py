@@ -7,9 +7,10 @@ what it left is removed, and the gateway ends with status 1.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from common.limits import POLL_S
 from common.links import LINKS
 from common.plan import make_plan
 from common.segment import segment_path
+from common.spans import NO_LAYER, NO_STEP
 from common.store.store import Store
 from inflash import _messages as wire
 from inflash._rundir import socket_path
@@ -30,7 +32,7 @@ from inflash._wire import BadMessage
 from services.gateway.clients import Clients
 from services.gateway.health import Watch
 from services.gateway.prompts import Prompts
-from services.gateway.requests import Decision, Noted, Requests, ToClient, ToCompute
+from services.gateway.requests import Decision, Noted, Requests, ToClient, ToCompute, Traced
 from services.gateway.status import Report
 
 
@@ -41,10 +43,12 @@ def serve(service: Service, store: Store) -> None:
     report = Report(service.settings, store, plan, prompts)
     with Clients(service.run_dir) as clients:
         gateway = Gateway(service, clients, Watch(store.id, time.monotonic()), prompts, report)
+        service.log.info("serving", **report.facts())
         service.ready(store.id)
         why = "the server is stopping"
         try:
-            gateway.run()
+            with gateway.metrics():
+                gateway.run()
         except UserError:
             raise  # its requests have been told
         except Exception as error:
@@ -67,10 +71,24 @@ class Gateway:
         self._health = service.receive_from("health")
         self._answers = service.receive_from("answers")
         self._control = service.send_to("control")
-        self._requests = Requests(prompts, service.counters, first_number=time.time_ns())
+        self._requests = Requests(
+            prompts, service.counters, time.time_ns(), service.settings.trace == "on"
+        )
         self._poller = zmq.Poller()
         for socket in (clients.socket, self._health.socket, self._answers.socket):
             self._poller.register(socket, zmq.POLLIN)
+
+    @contextlib.contextmanager
+    def metrics(self) -> Iterator[None]:
+        """Serves Prometheus metrics meanwhile, where the settings say so."""
+        if self._service.settings.metrics is None:
+            yield
+            return
+        from services.gateway.metrics import Metrics, MetricsServer  # memory, for who wants them
+
+        metrics = Metrics(self._report_now, self._requests.totals)
+        with contextlib.closing(MetricsServer(self._service.settings.metrics, metrics)):
+            yield
 
     def run(self) -> None:
         """Turns until the service is asked to stop; `UserError` when a service is lost."""
@@ -104,8 +122,20 @@ class Gateway:
             now = time.monotonic()
             if isinstance(message, messages.Token):
                 self._do(self._requests.token(message, now))
+                self._trace_delivery(message.request, now)
             else:
                 self._do(self._requests.done(message, now))
+
+    def _trace_delivery(self, number: int, began: float) -> None:
+        request = self._requests.running
+        if request and request.trace and request.number == number:
+            fields = (request.new_tokens - 1,)
+            self._trace(Traced("deliver", number, began, time.monotonic(), fields))
+
+    def _trace(self, span: Traced) -> None:
+        times = int(span.start * 1e9), int(span.end * 1e9)
+        at = span.request, NO_STEP, NO_LAYER
+        self._service.spans.add(span.name, *at, *times, *span.fields)
 
     def _hear_clients(self) -> None:
         for client, message in self._clients.receive():
@@ -125,13 +155,14 @@ class Gateway:
             case wire.Cancel(request=number):
                 return self._requests.cancel(client, number, now)
             case wire.Status(request=number):
-                counters = self._service.all_counters()
-                report = self._report.make(self._watch, self._requests, counters)
-                return [ToClient(client, wire.StatusReply(number, report))]
+                return [ToClient(client, wire.StatusReply(number, self._report_now()))]
             case BadMessage(tag="Generate", decoded={"request": number}):
                 return self._requests.refuse(client, number, str(message))
         self._service.count("bad_messages")
         return []
+
+    def _report_now(self) -> dict[str, Any]:
+        return self._report.make(self._watch, self._requests, self._service.all_counters())
 
     def _do(self, decisions: Iterable[Decision]) -> None:
         """Acts on decisions, and on those that follow from a client that is gone."""
@@ -141,6 +172,8 @@ class Gateway:
             match decision:
                 case Noted(event, fields):
                     self._service.log.info(event, **fields)
+                case Traced():
+                    self._trace(decision)
                 case ToCompute(message):
                     self._tell_compute(message)
                 case ToClient(client, message):

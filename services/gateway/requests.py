@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from common import messages
@@ -26,6 +26,7 @@ from inflash import _messages as wire
 from services.gateway.prompts import Prompts
 from services.gateway.refusal import Refusal
 from services.gateway.text import AnswerText
+from services.gateway.totals import Totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,18 @@ class Noted:
     fields: dict[str, Any]
 
 
-Decision = ToClient | ToCompute | Noted
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A span for the trace. Times are seconds of the loop's clock."""
+
+    name: str
+    request: int
+    start: float
+    end: float
+    fields: tuple[int, ...]
+
+
+Decision = ToClient | ToCompute | Noted | Traced
 
 
 @dataclass(slots=True, eq=False)
@@ -55,16 +67,19 @@ class Request:
     """One request under way. Times are seconds of the loop's clock."""
 
     number: int  # ours: unique in the server's life
+    ordinal: int  # the how-manieth of this server, from 1: for people
     client: bytes
     client_number: int
     sampling: wire.Sampling
     logits: bool
     prompt: bytes  # int32
     text: AnswerText
+    trace: bool
     arrived: float
     said: float  # when the client last heard of it
     started: float | None = None
     first_token: float | None = None
+    last_token: float = 0.0
     new_tokens: int = 0
     closing: str = ""  # the finish reason, once it is decided here and not by compute
     close_by: float = 0.0
@@ -78,10 +93,19 @@ class Request:
 class Requests:
     """All requests. Every method takes the time and returns what is to be done, in order."""
 
-    def __init__(self, prompts: Prompts, counters: MutableMapping[str, int], first_number: int):
+    def __init__(
+        self,
+        prompts: Prompts,
+        counters: MutableMapping[str, int],
+        first_number: int,
+        trace: bool = True,
+    ):
+        """`trace`: whether requests that do not say are traced."""
         self._prompts = prompts
         self._counters = counters
-        self._next_number = first_number  # large: no stray message hits it by chance
+        self._first_number = self._next_number = first_number  # large: hit by no stray message
+        self._trace = trace
+        self.totals = Totals()
         self.waiting: deque[Request] = deque()
         self.running: Request | None = None
         for name in ("requests", "finished", "failed", "refused", "cancelled", "tokens"):
@@ -108,12 +132,14 @@ class Requests:
         sampling = message.sampling
         request = Request(
             self._next_number,
+            self._next_number - self._first_number + 1,
             client,
             message.request,
             replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)),
             message.logits,
             prompt.tobytes(),
             AnswerText(self._prompts.tokenizer, sampling.stop),
+            self._trace if message.trace is None else message.trace,
             arrived=now,
             said=now,
         )
@@ -121,7 +147,7 @@ class Requests:
         self._count("requests")
         self.waiting.append(request)
         fields = {"prompt_tokens": len(prompt), "waiting": len(self.waiting)}
-        noted = Noted("admitted", {"request": request.number} | fields)
+        noted = Noted("admitted", _names(request) | fields)
         return [noted, *self._signs_of_life([request], now)]
 
     def refuse(self, client: bytes, client_number: int, reason: str) -> list[Decision]:
@@ -143,9 +169,16 @@ class Requests:
         queue_s = round(now - request.arrived, 4)
         return [
             ToCompute(
-                messages.Admit(request.number, request.sampling, request.logits, request.prompt)
+                messages.Admit(
+                    request.number,
+                    request.sampling,
+                    request.logits,
+                    request.prompt,
+                    request.trace,
+                )
             ),
-            Noted("started", {"request": request.number, "queue_s": queue_s}),
+            Noted("started", _names(request) | {"queue_s": queue_s}),
+            *self._traced("queue", request, now, request.prompt_tokens),
         ]
 
     def token(self, message: messages.Token, now: float) -> list[Decision]:
@@ -165,6 +198,9 @@ class Requests:
         request.said = now
         if request.first_token is None:
             request.first_token = now
+        else:
+            self.totals.token.add(now - request.last_token)
+        request.last_token = now
         text = request.text.push(message.token_id)
         if self._is_last(request, message.token_id):
             text += request.text.flush()
@@ -206,7 +242,7 @@ class Requests:
         for request in [r for r in self._under_way() if r.client == client]:
             request.over = True
             self._count("vanished")
-            decisions.append(Noted("vanished", {"request": request.number}))
+            decisions.append(Noted("vanished", _names(request)))
             if request is not self.running:
                 self.waiting.remove(request)
             elif not request.closing:
@@ -277,7 +313,9 @@ class Requests:
         )
         text = request.text.flush()
         finished = wire.Finished(request.client_number, reason, text, stats)
-        return self._end(request, finished, "finished", reason, now)
+        self.totals.add(stats)
+        figures = {"stats": asdict(stats)}
+        return self._end(request, finished, "finished", reason, now, figures)
 
     def _fail(self, request: Request, service: str, reason: str, now: float) -> list[Decision]:
         self._count("failed")
@@ -285,20 +323,37 @@ class Requests:
         return self._end(request, failed, "failed", f"{service}: {reason}", now)
 
     def _end(
-        self, request: Request, message: Any, event: str, reason: str, now: float
+        self,
+        request: Request,
+        message: Any,
+        event: str,
+        reason: str,
+        now: float,
+        figures: dict[str, Any] | None = None,
     ) -> list[Decision]:
         assert not request.over, "a request ends once"
         request.over = True
         stats = self._own_stats(request, now)
-        fields = {
-            "request": request.number,
+        fields = _names(request) | {
             "reason": reason,
             "prompt_tokens": stats.prompt_tokens,
             "new_tokens": stats.new_tokens,
             "queue_s": stats.queue_s,
             "seconds": round(now - request.arrived, 4),
         }
-        return [ToClient(request.client, message), Noted(event, fields)]
+        counts = request.prompt_tokens, request.new_tokens
+        return [
+            ToClient(request.client, message),
+            Noted(event, fields | (figures or {})),
+            *self._traced("request", request, now, *counts),
+        ]
+
+    def _traced(self, name: str, request: Request, now: float, *fields: int) -> list[Decision]:
+        """A span of a request since it arrived."""
+        if not request.trace:
+            return []
+        fields = (request.ordinal, *fields)
+        return [Traced(name, request.number, request.arrived, now, fields)]
 
     def _own_stats(self, request: Request, now: float) -> wire.Stats:
         """The figures that the gateway knows; the others are compute's."""
@@ -325,7 +380,15 @@ class Requests:
             decode_read_s=0.0,
             decode_stall_s=0.0,
             decode_flash_stall_s=0.0,
+            decode_predictor_stall_s=0.0,
+            decode_queue_stall_s=0.0,
+            compute_s=0.0,
+            decode_compute_s=0.0,
         )
 
     def _count(self, name: str, by: int = 1) -> None:
         self._counters[name] = self._counters.get(name, 0) + by
+
+
+def _names(request: Request) -> dict[str, Any]:
+    return {"request": request.number, "ordinal": request.ordinal}

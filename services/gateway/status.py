@@ -11,6 +11,7 @@ from common.config import Settings
 from common.limits import QUEUE_MAX
 from common.plan import Plan
 from common.store.store import Store
+from common.system import core_cache_bytes, cores
 from services.gateway.health import Watch
 from services.gateway.prompts import Prompts
 from services.gateway.requests import Requests
@@ -37,9 +38,14 @@ class Report:
                 "tokenizer": prompts.tokenizer is not None,
                 "chat_template": prompts.has_chat_template,
             },
+            "machine": {"cores": cores(), "core_cache_bytes": core_cache_bytes()},
             "plan": _plain(dataclasses.asdict(plan)),
             "settings": _plain(dataclasses.asdict(settings)),
         }
+
+    def facts(self) -> dict[str, Any]:
+        """What does not change."""
+        return self._fixed
 
     def make(self, watch: Watch, requests: Requests, counters: Mapping[str, int]) -> dict[str, Any]:
         """The report of this moment."""
@@ -54,6 +60,7 @@ class Report:
             **self._fixed,
             "queue": queue,
             "counters": dict(counters),
+            "figures": requests.totals.report(),
         }
 
 

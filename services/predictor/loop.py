@@ -52,25 +52,43 @@ class PredictorLoop:
         if message.request != self._request:
             self._predictor.forget()
             self._request = message.request
-        began_ns = time.perf_counter_ns()
+        began_ns = ahead_ns = time.monotonic_ns()
         if message.layer != EMBEDDING:
+            if slow_s := self._service.settings.slow.predictor_s:
+                time.sleep(slow_s)
             ids = self._whole_layer if message.whole else self._predictor.name(message.layer, x)
             self._send(message, message.layer, False, ids)
+            self._trace("predict", message, message.layer, began_ns, len(x), len(ids))
+            ahead_ns = time.monotonic_ns()
         if self._looks_ahead and len(x) == 1 and not message.whole:
             # Of a block of tokens only the last has a token before it whose layers are known.
             ahead = self._predictor.look_ahead(message.layer, x[0])
             if ahead is not None:
                 self._send(message, message.layer + 1, True, ahead)
+                self._trace("ahead", message, message.layer + 1, ahead_ns, len(ahead))
         self._predictor.remember(message.layer, x[-1])
         self._service.count("predictions")
-        self._service.count("predict_us", (time.perf_counter_ns() - began_ns) // 1000)
+        self._service.count("predict_us", (time.monotonic_ns() - began_ns) // 1000)
 
     def _send(self, message: Predict, layer: int, prefetch: bool, ids: Ids) -> None:
         self._service.count("named_ahead" if prefetch else "named", len(ids))
         named_ns = time.monotonic_ns()
         self._outbox.send(
-            Fetch(message.request, message.step, layer, prefetch, named_ns, ids.tobytes())
+            Fetch(
+                message.request,
+                message.step,
+                layer,
+                prefetch,
+                named_ns,
+                ids.tobytes(),
+                message.trace,
+            )
         )
+
+    def _trace(self, name: str, of: Predict, layer: int, began_ns: int, *fields: int) -> None:
+        if of.trace:
+            now_ns = time.monotonic_ns()
+            self._service.spans.add(name, of.request, of.step, layer, began_ns, now_ns, *fields)
 
 
 def input_of(message: Predict, geometry: Geometry) -> Floats | None:

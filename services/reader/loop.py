@@ -27,6 +27,7 @@ from services.reader.fetches import BadFetchError, Fetches
 from services.reader.footprint import Footprint
 from services.reader.groups import Group
 from services.reader.probe import choose_backend
+from services.reader.slowed import Slowed
 from services.reader.verify import Verifier
 
 PAUSE_NS = int(0.2e9)  # with nothing to read for so long, there is no work
@@ -47,6 +48,8 @@ def serve(service: Service, store: Store) -> None:
         memory = np.frombuffer(region, np.uint8).reshape(-1, geometry.stride_bytes)
         choice = choose_backend(settings.backend, paths, memory)
         backend = choice.backend
+        if settings.slow.reads_share:
+            backend = Slowed(backend, settings.slow)
         try:
             service.log.info(
                 "backend", name=backend.name, direct=backend.direct, reason=choice.reason
@@ -121,6 +124,7 @@ class Reader:
         self._release = service.receive_from("release")
         self._resident = service.send_to("resident")
         self._read_time = ReadTime()
+        self._begun_ns: dict[int, int] = {}  # by the tag of a group that is being read
         self._reads = self._bytes_read = self._verify_ns = self._published_ns = 0
 
     def introduce(self, cache: Cache) -> None:
@@ -162,9 +166,13 @@ class Reader:
     def _take_fetches(self) -> None:
         for message in self._fetch.receive():
             assert isinstance(message, Fetch)
+            began_ns = time.monotonic_ns()
             try:
-                now_ns, busy = time.monotonic_ns(), self._read_time.busy
-                self._send(self._fetches.take(message, now_ns, busy))
+                answers = self._fetches.take(message, began_ns, self._read_time.busy)
+                self._send(answers)
+                if message.trace:
+                    left = sum(answer.left for answer in answers)
+                    self._trace("fetch", message, began_ns, len(message.ids) // 4, left)
             except BadFetchError as error:
                 self._service.count("bad_messages")
                 self._service.log.debug("refused", reason=str(error))
@@ -176,7 +184,8 @@ class Reader:
             self._service.log.info("cache resized", slots_before=change[0], slots=change[1])
         for step in self._fetches.groups(now_ns):
             if isinstance(step, Group):
-                self._read_time.begin(time.monotonic_ns())
+                self._begun_ns[step.tag] = begun_ns = time.monotonic_ns()
+                self._read_time.begin(begun_ns)
                 self._backend.submit(step.tag, step.layer, step.reads)
             else:
                 self._send([step])
@@ -186,6 +195,7 @@ class Reader:
     def _finish(self, completion: Completion) -> None:
         """A group's reads are over: verifies what was never read before, and tells compute."""
         group = self._fetches.group(completion.tag)
+        read_ns = self._begun_ns.pop(completion.tag)
         self._reads += len(group.reads)
         self._bytes_read += group.bytes_read
         if completion.error:
@@ -201,7 +211,20 @@ class Reader:
             reason = self._blame(group.layer, int(wrong[0]), "checksum mismatch")
             self._fail(group, wrong, reason)
         else:
-            self._send(self._fetches.land(completion.tag, now_ns))
+            answers = self._fetches.land(completion.tag, now_ns)
+            self._send(answers)
+            if group.fetch.trace:
+                part = answers[0].part if answers else -1
+                counts = len(group.ids), len(group.reads), group.bytes_read, now_ns - began_ns
+                self._trace("read", group.fetch, read_ns, part, *counts, until_ns=began_ns)
+
+    def _trace(
+        self, name: str, fetch: Fetch, began_ns: int, *fields: int, until_ns: int = 0
+    ) -> None:
+        """A span of a fetch, until now if nothing else is said."""
+        until_ns = until_ns or time.monotonic_ns()
+        at = fetch.request, fetch.step, fetch.layer, began_ns, until_ns
+        self._service.spans.add(name, *at, int(fetch.prefetch), *fields)
 
     def _fail(self, group: Group, bad: Ids, reason: str) -> None:
         """A demand's failure is its request's and goes to compute; a prefetch's fails nobody."""

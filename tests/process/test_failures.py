@@ -89,6 +89,20 @@ def test_a_signal_ends_the_server_cleanly(
     assert_clean(run_dir)
 
 
+def test_serve_says_a_line_for_each_request_that_ended(made: Made, run_dir: Path) -> None:
+    with serve_command(made.store("opt"), run_dir) as process, Client(run_dir) as client:
+        assert process.stdout is not None
+        list(client.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True))
+        line = process.stdout.readline()
+        assert line.startswith("request 1 (length) · prompt 3 · 4 tokens · ")
+        assert "time, %: compute" in line
+        answer = client.generate([5, 6, 7], **LONG)
+        next(answer)
+        answer.cancel()
+        list(answer)
+        assert process.stdout.readline().startswith("request 2 (cancelled) · prompt 3 · ")
+
+
 def test_services_end_with_a_killed_serve(made: Made, run_dir: Path) -> None:
     with serve_command(made.store("opt"), run_dir) as process, Client(run_dir) as client:
         every = pids(client).values()

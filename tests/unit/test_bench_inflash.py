@@ -18,6 +18,7 @@ from common.bench.inflash import (
 )
 from common.bench.processes import bytes_read, major_faults, peak_bytes
 from common.bench.rivals.program import Options, Timed
+from common.spans import COUNTS, Span
 from inflash import Stats
 
 IDS = 300
@@ -61,20 +62,21 @@ def test_figures_are_of_the_rotating_prompts() -> None:
 
 
 def test_waits_are_those_of_decode_steps_by_request() -> None:
-    def event(request: int, step: int, rows: int, us: int, reads: int) -> dict[str, object]:
-        return {"event": "layer", "request": request, "step": step, "rows": rows, "reads": reads,
-                "bytes_read": 4096 * reads, "wait_predictor_us": us, "wait_queue_us": 2 * us,
-                "wait_flash_us": 3 * us}  # fmt: skip
+    def span(request: int, step: int, rows: int, us: int, reads: int) -> Span:
+        counts = {"rows": rows, "reads": reads, "bytes_read": 4096 * reads,
+                  "predictor_ns": us * 1000, "queue_ns": 2 * us * 1000,
+                  "flash_ns": 3 * us * 1000}  # fmt: skip
+        return Span("layer", request, step, 0, 0, 1, tuple(counts.get(c, 0) for c in COUNTS))
 
-    events = [
-        {"event": "step"},
-        event(1, 10, 64, 1_000_000, 9),
-        event(1, 11, 1, 1000, 1),
-        event(1, 11, 1, 1000, 1),
-        event(1, 12, 1, 4000, 0),
-        event(2, 13, 1, 500, 0),
+    spans = [
+        Span("sample", 1, 10, -1, 0, 1, ()),
+        span(1, 10, 64, 1_000_000, 9),
+        span(1, 11, 1, 1000, 1),
+        span(1, 11, 1, 1000, 1),
+        span(1, 12, 1, 4000, 0),
+        span(2, 13, 1, 500, 0),
     ]
-    first, second = waits_by_request(events)
+    first, second = waits_by_request(spans)
     assert (first.predictor_ms, first.queue_ms, first.flash_ms) == (3.0, 6.0, 9.0)
     assert first.read_bytes == 4096
     assert (second.predictor_ms, second.read_bytes) == (0.5, None)

@@ -10,7 +10,7 @@ import pytest
 
 from common.forecast.advice import sentences, warnings
 from common.forecast.machine import Drive
-from common.system import DriveFacts, Limits, facts_of, limits, swap_written_bytes
+from common.system import DriveFacts, Limits, core_cache_bytes, facts_of, limits, swap_written_bytes
 from tests.unit.test_forecast import MACHINE
 
 GB = 10**9
@@ -106,6 +106,8 @@ def test_limits_of_a_system(tmp_path: Path) -> None:
         "proc/vmstat": "nr_free 5\npswpin 1\npswpout 7\n", "dev/shm/x": "",
         "proc/sys/fs/aio-max-nr": "65536\n", "proc/sys/fs/aio-nr": "128\n",
         "proc/swaps": "Filename Type Size Used Priority\n/swap file 1024 0 -2\n",
+        "sys/devices/system/cpu/cpu0/cache/index0/size": "32K\n",
+        "sys/devices/system/cpu/cpu0/cache/index3/size": "16384K\n",
     })  # fmt: skip
     found = limits(root)
     assert (found.aio_events_max, found.aio_events_used) == (65536, 128)
@@ -113,6 +115,8 @@ def test_limits_of_a_system(tmp_path: Path) -> None:
     assert found.shm_bytes
     assert not found.memory_limited
     assert swap_written_bytes(root) == 7 * 4096
+    assert core_cache_bytes(root) == 16 << 20
     empty = make(tmp_path / "other", {"x": ""})
     assert swap_written_bytes(empty) is None
     assert limits(empty).aio_events_max is None
+    assert core_cache_bytes(empty) is None

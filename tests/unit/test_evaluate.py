@@ -22,6 +22,7 @@ from common.evaluate import (
     demand_by_layer,
 )
 from common.lowrank import AHEAD_PARTS, Factors, Floats, Kind
+from common.spans import COUNTS, Span
 from inflash._messages import Stats
 
 LAYERS, NEURONS, HIDDEN, RANK = 3, 21, 6, 4  # 21: the last byte of bits is not full
@@ -107,31 +108,30 @@ def test_a_share_of_nothing_is_none() -> None:
     assert Demand(steps=3).late_fraction is None
 
 
-def layer_event(request: int, step: int, layer: int, hits: int, misses: int, rows: int = 1) -> Any:
+def layer_span(request: int, step: int, layer: int, hits: int, misses: int, rows: int = 1) -> Span:
     counts = {"fired": hits, "late_fired": misses // 2, "hits": hits, "misses": misses}
-    counts |= {"prefetched": 1, "wasted_bytes": 4096}
-    where = {"event": "layer", "request": request, "step": step, "layer": layer, "rows": rows}
-    return where | counts
+    counts |= {"prefetched": 1, "wasted_bytes": 4096, "rows": rows}
+    return Span("layer", request, step, layer, 0, 1, tuple(counts.get(c, 0) for c in COUNTS))
 
 
 def test_late_neurons_are_counted_after_the_prompt() -> None:
-    events = [
-        layer_event(1, 100, 0, 1000, 1000),  # the prompt's step, of one token
-        layer_event(1, 100, 1, 1000, 1000),
-        {"event": "step", "request": 1, "step": 100, "rows": 1},
-        layer_event(1, 101, 0, 6, 2),
-        layer_event(1, 101, 1, 3, 1),
-        layer_event(2, 102, 0, 1000, 1000, rows=20),  # a longer prompt, in two steps
-        layer_event(2, 103, 0, 1000, 1000, rows=20),
-        layer_event(2, 104, 0, 3, 1),
+    spans = [
+        layer_span(1, 100, 0, 1000, 1000),  # the prompt's step, of one token
+        layer_span(1, 100, 1, 1000, 1000),
+        Span("step", 1, 100, -1, 0, 1, (1,)),
+        layer_span(1, 101, 0, 6, 2),
+        layer_span(1, 101, 1, 3, 1),
+        layer_span(2, 102, 0, 1000, 1000, rows=20),  # a longer prompt, in two steps
+        layer_span(2, 103, 0, 1000, 1000, rows=20),
+        layer_span(2, 104, 0, 3, 1),
     ]
-    assert demand_by_layer(events, layers=3) == [
+    assert demand_by_layer(spans, layers=3) == [
         Demand(2, fired=9, late_fired=1, hits=9, misses=3, prefetched=2, wasted_bytes=8192),
         Demand(1, fired=3, late_fired=0, hits=3, misses=1, prefetched=1, wasted_bytes=4096),
         Demand(),
     ]
-    assert demand_by_layer(events, layers=3)[0].late_fraction == 1 / 9
-    assert demand_by_layer(events, layers=3)[0].waited_fraction == 0.25
+    assert demand_by_layer(spans, layers=3)[0].late_fraction == 1 / 9
+    assert demand_by_layer(spans, layers=3)[0].waited_fraction == 0.25
 
 
 def test_figures_of_requests_add_up() -> None:

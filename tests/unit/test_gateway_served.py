@@ -345,7 +345,7 @@ def test_a_bad_sampling_of_another_client_is_refused_by_its_number(served: Serve
     with context.socket(zmq.DEALER) as socket:
         socket.connect(endpoint(served.run_dir, CLIENT_LINK))
         sampling = b"\x99\x00\xca\x00\x00\x00\x00\x00\x01\x01\xc0\x90\xc2\x90"
-        header = b"\x96\x01\xa8Generate\x07\xa1a" + sampling + b"\xc2"
+        header = b"\x97\x01\xa8Generate\x07\xa1a" + sampling + b"\xc2\xc0"
         socket.send(header)
         assert socket.poll(5000)
         failed = wire.CLIENT_CODEC.decode(socket.recv_multipart())

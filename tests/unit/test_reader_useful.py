@@ -49,7 +49,8 @@ def test_a_drive_that_has_time_reads_further_down() -> None:
         read = feed(Usefulness(1), 0, falling, 1000, busy)
         medians.append(float(np.median(read[-400:])) / COUNT)
     # Where the chance falls below 1/2, 1/5 and nothing.
-    assert abs(medians[0] - 0.5) < 0.15 and abs(medians[1] - 0.8) < 0.15
+    assert abs(medians[0] - 0.5) < 0.15
+    assert abs(medians[1] - 0.8) < 0.15
     assert medians[2] == 1
 
 
