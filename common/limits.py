@@ -47,6 +47,7 @@ STOP_S = 3.0  # from the signal to the end of a service; then it is killed
 HANG_S = 60.0  # a loop that does not turn for so long; one matrix product takes less
 SLEPT_S = 5 * POLL_S  # a gap between the gateway's own looks in which it was the one that slept
 WAITING_EVERY_S = 1.0  # a request with nothing else to say says that it is alive
+PREFILLING_EVERY_S = 0.25  # how far a prompt is, is told no more often
 CLOSE_S = 2.0  # a cancelled request's client waits this long for compute's figures
 CLIENT_HEARTBEAT_S = 1.0  # ZeroMQ's own, on the clients' connections
 CLIENT_LOST_S = 3.0  # a client whose connection is silent for this long is gone

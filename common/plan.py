@@ -203,10 +203,15 @@ def _predictors_bytes(predictor: str, store: Store) -> int:
     return 0
 
 
+def part_bundles(geometry: Geometry) -> int:
+    """Neurons of a layer that compute multiplies with a block of tokens at a time, at most."""
+    return min(max(PART_BYTES_MAX // geometry.stride_bytes, 1), geometry.neurons)
+
+
 def _workspace_bytes(geometry: Geometry, config: Mapping[str, Any], context: int) -> int:
     """What compute takes and gives back in a step: the largest is a block of a long prompt."""
     rows = min(PREFILL_ROWS_MAX, context)
-    part = min(max(PART_BYTES_MAX // geometry.stride_bytes, 1), geometry.neurons)
+    part = part_bundles(geometry)
     # One part of the bundles at a time, gathered and as float32; then its products with all rows.
     ffn = part * (geometry.hidden * (geometry.item_bytes + 4) + 3 * rows * 4)
     stream = STREAM_COPIES * rows * geometry.hidden * 4

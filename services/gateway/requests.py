@@ -181,6 +181,18 @@ class Requests:
             *self._traced("queue", request, now, request.prompt_tokens),
         ]
 
+    def prefilling(self, message: messages.Prefilling, now: float) -> list[Decision]:
+        """Compute is so far with the prompt."""
+        request = self.running
+        if request is None or request.number != message.request:
+            self._count("bad_messages")  # no Abort: one that it does not know it gets for a token
+            return []
+        if request.over or request.closing:
+            return []
+        request.said = now
+        told = asdict(message) | {"request": request.client_number}
+        return [ToClient(request.client, wire.Prefilling(**told))]
+
     def token(self, message: messages.Token, now: float) -> list[Decision]:
         """Compute made a token."""
         request = self.running
@@ -361,6 +373,7 @@ class Requests:
         first = request.first_token
         return wire.Stats(
             prompt_tokens=request.prompt_tokens,
+            reused_tokens=0,
             new_tokens=request.new_tokens,
             queue_s=round(started - request.arrived, 6),
             time_to_first_token_s=0.0 if first is None else round(first - request.arrived, 6),
