@@ -7,7 +7,8 @@ Units are last in the name. A bound that a user may want to change is a setting 
 QUEUE_MAX = 16  # admitted and waiting, beside the one that runs
 
 # A step
-PREFILL_ROWS_MAX = 512  # tokens of a prompt in one step
+PREFILL_ROWS_MAX = 512  # tokens of a prompt in one step, if nothing else is asked for
+PREFILL_ROWS_MIN = 64  # as few where memory is short
 PREDICT_ROWS_MAX = 16  # beyond this many tokens a step's union is nearly the whole layer
 
 # Reads
@@ -53,6 +54,7 @@ CLIENT_HEARTBEAT_S = 1.0  # ZeroMQ's own, on the clients' connections
 CLIENT_LOST_S = 3.0  # a client whose connection is silent for this long is gone
 CLIENT_LINGER_S = 0.5  # at the end: the last words reach the clients' sockets
 
+assert PREDICT_ROWS_MAX < PREFILL_ROWS_MIN <= PREFILL_ROWS_MAX
 assert READ_BYTES_MAX % ALIGN_BYTES == 0
 assert READ_BYTES_MAX <= PART_BYTES_MAX
 assert PREFETCH_GROUPS_IN_FLIGHT_MAX * PREFETCH_BUNDLES_MAX <= READS_IN_FLIGHT_MAX, (

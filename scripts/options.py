@@ -39,6 +39,12 @@ _OPTIONS = [
     ),
     click.option("--context", metavar="TOKENS", help="Prompt and answer. [default: 2048]"),
     click.option(
+        "--block",
+        metavar="auto|TOKENS",
+        help="Of a prompt, in one pass over the weights. [default: auto: 512, fewer if memory is"
+        " short]",
+    ),
+    click.option(
         "--reuse",
         type=click.Choice(["on", "off"]),
         help="Compute no prompt tokens again that the request before had. [default: on]",

@@ -28,7 +28,8 @@ from common.bench.floors import drive_bytes_per_s
 from common.errors import UserError
 from common.forecast.shapes import multiplied_bytes
 from common.launch import Server
-from common.limits import PREFILL_ROWS_MAX, READ_BYTES_MAX
+from common.limits import READ_BYTES_MAX
+from common.plan import make_plan
 from common.probes import measure_drive, measure_products
 from common.store.store import Store
 from common.store.tensors import read_header
@@ -73,9 +74,11 @@ def main(store: Path, tokens: int, prompts: int, as_json: bool, **options: str |
     given = {key: value for key, value in options.items() if value is not None}
     try:
         opened = Store.open(store)
-        before = measure_floors(opened, tokens)
-        seconds = ask(opened, tokens, prompts, {"context": f"{tokens + 1}"} | given)
-        after = measure_floors(opened, tokens)
+        settings = {"store": str(store.absolute()), "context": f"{tokens + 1}"} | given
+        passes = math.ceil(tokens / make_plan(Server(settings).settings, opened).block)
+        before = measure_floors(opened, tokens, passes)
+        seconds = ask(tokens, prompts, settings)
+        after = measure_floors(opened, tokens, passes)
     except (UserError, InflashError) as error:
         sys.exit(f"error: {error}")
     floors = Floors(*map(max, dataclasses.astuple(before), dataclasses.astuple(after)))
@@ -98,11 +101,10 @@ def main(store: Path, tokens: int, prompts: int, as_json: bool, **options: str |
     print(f"prompt    {median:8.2f} s  {found['ratio']:.2f} × the larger (each: {each})")
 
 
-def measure_floors(store: Store, tokens: int) -> Floors:
-    """The floors of a prompt on this machine."""
+def measure_floors(store: Store, tokens: int, passes: int) -> Floors:
+    """The floors of a prompt on this machine, which goes through the model in so many blocks."""
     drive = measure_drive(store.path)
     products = measure_products()
-    passes = math.ceil(tokens / PREFILL_ROWS_MAX)
     sizes = {
         name: tensor.nbytes
         for path in store.resident_paths()
@@ -120,22 +122,21 @@ def measure_floors(store: Store, tokens: int) -> Floors:
     )
 
 
-def ask(store: Store, tokens: int, prompts: int, options: dict[str, str]) -> list[float]:
+def ask(tokens: int, prompts: int, settings: dict[str, str]) -> list[float]:
     """Seconds to the first token of each prompt; one goes before them, uncounted."""
     found = []
-    with tempfile.TemporaryDirectory(prefix="inflash-") as folder:
-        settings = {"store": str(store.path.absolute()), "run_dir": folder} | options
-        with (
-            Server(settings, quiet=True) as server,
-            Client(server.run_dir, timeout=CLIENT_S) as client,
-        ):
-            vocabulary = client.status()["model"]["vocabulary"]
-            rows = np.random.default_rng(SEED).integers(3, vocabulary, (prompts + 1, tokens))
-            for row in rows.tolist():
-                answer = client.generate(row, max_new_tokens=1)
-                list(answer)
-                assert answer.stats is not None
-                found.append(answer.stats.time_to_first_token_s)
+    with (
+        tempfile.TemporaryDirectory(prefix="inflash-") as folder,
+        Server({"run_dir": folder} | settings, quiet=True) as server,
+        Client(server.run_dir, timeout=CLIENT_S) as client,
+    ):
+        vocabulary = client.status()["model"]["vocabulary"]
+        rows = np.random.default_rng(SEED).integers(3, vocabulary, (prompts + 1, tokens))
+        for row in rows.tolist():
+            answer = client.generate(row, max_new_tokens=1)
+            list(answer)
+            assert answer.stats is not None
+            found.append(answer.stats.time_to_first_token_s)
     return found[1:]
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common.limits import PREFILL_ROWS_MAX
 from common.messages import Admit, Prefilling
 from inflash._messages import Stats
 from services.compute.sampling import Sampler
@@ -76,6 +75,7 @@ class Generation:
     step: Step
     end_ids: frozenset[int]
     context: int  # tokens
+    block: int  # tokens of a prompt in one step
     reused: int = 0  # of the prompt's tokens, those whose keys and values are kept
     reason: str = "length"
     new_tokens: int = 0
@@ -121,16 +121,16 @@ class Generation:
 
     def _prefill(self, prompt: torch.Tensor) -> torch.Tensor:
         logits = torch.empty(0)
-        for start in range(self.reused, len(prompt), PREFILL_ROWS_MAX):
+        for start in range(self.reused, len(prompt), self.block):
             self.prefilled = start
-            logits, waits = self.step(prompt[start : start + PREFILL_ROWS_MAX], start)
+            logits, waits = self.step(prompt[start : start + self.block], start)
             self.total.add(waits)
         return logits
 
     def progress(self, layers_done: int, layers: int, now: float) -> Prefilling:
         """How far the prompt is, so many layers into a block."""
         tokens = len(self.admit.prompt) // 4
-        block = min(PREFILL_ROWS_MAX, tokens - self.prefilled)
+        block = min(self.block, tokens - self.prefilled)
         done = (self.prefilled - self.reused) * layers + block * layers_done
         left = (tokens - self.reused) * layers - done
         eta_s = (now - self.started) * left / done

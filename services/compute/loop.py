@@ -47,7 +47,7 @@ class ComputeLoop:
         plan = make_plan(service.settings, store)
         compile_for(store.geometry.dtype, store.geometry.compute_dtype)
         self._pipeline = Pipeline(service, store.geometry, sum(plan.slots), products)
-        self._context = plan.context
+        self._context, self._block = plan.context, plan.block
         store.check_digests()
         self._model = load_model(store, self._pipeline, products)
         self._vocabulary = int(self._model.config.vocab_size)
@@ -128,7 +128,7 @@ class ComputeLoop:
         def step(tokens: torch.Tensor, position: int) -> tuple[torch.Tensor, list[LayerWaits]]:
             return self._run_step(generation, tokens, position)
 
-        generation = Generation(admit, step, self._end_ids, self._context, reused)
+        generation = Generation(admit, step, self._end_ids, self._context, self._block, reused)
         return generation
 
     def _finish(
