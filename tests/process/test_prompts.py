@@ -39,7 +39,7 @@ def test_what_prompts_begin_with_is_reused_and_answers_stay_right(
             before = reused_by(client)
             answers.append(ask(client, prompt, NEW_TOKENS))
             assert reused_by(client) - before == reused
-        whole = document[:250] + tokens(60, 3) + answers[-1].tokens
+        whole = [*answers[-1].prompt, *answers[-1].tokens]
         list(answer := client.generate(whole, max_new_tokens=1))
         assert answer.stats is not None
         kept = len(whole) - 1  # the last token of an answer was never computed with
