@@ -103,15 +103,16 @@ def main(store: Path, tokens: int, prompts: int, as_json: bool, **options: str |
 
 def measure_floors(store: Store, tokens: int, passes: int) -> Floors:
     """The floors of a prompt on this machine, which goes through the model in so many blocks."""
-    drive = measure_drive(store.path)
-    products = measure_products()
+    geometry = store.geometry
+    bundles = max(min(READ_BYTES_MAX // geometry.stride_bytes, geometry.neurons), 1)
+    drive = measure_drive(store.path, "--bundles", f"{bundles}")
+    products = measure_products("--gemm")
     sizes = {
         name: tensor.nbytes
         for path in store.resident_paths()
         for name, tensor in read_header(path).items()
     }
     head = max(sizes.values())  # the embedding's, or the head's: of a prompt one row is multiplied
-    geometry = store.geometry
     weights = (multiplied_bytes(sizes) - head) // geometry.item_bytes
     weights += geometry.layers * geometry.neurons * len(geometry.parts) * geometry.hidden
     return Floors(
