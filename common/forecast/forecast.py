@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,14 @@ from common.errors import SettingError
 from common.forecast.behaviour import Behaviour, predictor_bytes
 from common.forecast.machine import Machine
 from common.forecast.source import Described
-from common.forecast.tokens import Token, Work, computed_bytes, prompt_ms, token_ms
+from common.forecast.tokens import (
+    Token,
+    Work,
+    computed_bytes,
+    extra_parts,
+    prompt_ms,
+    token_ms,
+)
 from common.limits import PART_BYTES_MAX, PREDICT_ROWS_MAX
 from common.lowrank import AHEAD_PARTS
 from common.lowrank import predictor_bytes as fitted_bytes
@@ -166,19 +173,18 @@ class Forecaster:
     def _speed(self, machine: Machine, plan: Plan) -> Speed:
         geometry, prompt = self._model.geometry, self._prompt
         shares = [slots / geometry.neurons for slots in plan.slots]
-        missed = self._missed(shares)
-        warm = token_ms(machine, geometry, self._work(missed, shares))
-        cold = [token_ms(machine, geometry, self._work(missed, shares)).total
+        work = self._work(self._missed(shares), plan.slots)
+        warm = token_ms(machine, geometry, work)
+        cold = [token_ms(machine, geometry, self._work(missed, plan.slots)).total
                 for missed in self._cold_misses(shares)]  # fmt: skip
         cached = sum(plan.slots) / (geometry.neurons * geometry.layers)
-        work = self._work(missed, shares)
         first = [self._first_token_ms(machine, plan, prompt, held) for held in (cached, 0.0)]
         resident = self._model.resident_bytes + self.predictors_bytes
         around = Range.around
         return Speed(
             window_tokens=self._window(shares),
-            hit_rate=1 - missed * work.demand_share / max(work.named, 1e-9),
-            cached_rate=1 - missed / max(work.named, 1e-9),
+            hit_rate=1 - work.missed * work.demand_share / max(work.named, 1e-9),
+            cached_rate=1 - work.missed / max(work.named, 1e-9),
             bytes_per_token=work.read * geometry.stride_bytes,
             token=warm,
             tokens_per_s=around(1e3 / warm.total, self.spread),
@@ -188,45 +194,50 @@ class Forecaster:
             start_s=machine.start_s + resident / machine.drive.bytes_per_s,
         )
 
-    def _work(self, missed: float, shares: Sequence[float]) -> Work:
+    def _work(self, missed: Sequence[float], slots: Sequence[int]) -> Work:
+        """Of a token that misses so many neurons of each layer in a cache of `slots`."""
         model, behaviour, geometry = self._model, self._behaviour, self._model.geometry
         named = sum(behaviour.named) * geometry.neurons
         item_bytes = DTYPE_BYTES[geometry.compute_dtype]
         # Of both predictors' factors, those of the layer itself.
         own = 1 / (1 + (geometry.neurons + AHEAD_PARTS * geometry.hidden)
                    / (geometry.neurons + geometry.hidden))  # fmt: skip
-        return Work(
+        work = Work(
             multiplied_bytes=computed_bytes(geometry, model.multiplied_bytes),
             context_bytes=self._prompt * kv_token_bytes(model.config, item_bytes),
             named=named,
             fired=sum(behaviour.fired) * geometry.neurons,
-            missed=missed,
-            cache_by_named=sum(shares) * geometry.neurons / max(named, 1e-9),
+            missed=sum(missed),
+            cache_by_named=sum(slots) / max(named, 1e-9),
             same_bytes=int(own * self.predictors_bytes),
+            extra_parts=0,
         )
+        demands = (count * work.demand_share for count in missed)
+        extra = sum(map(extra_parts, demands, slots))
+        return dataclasses.replace(work, extra_parts=extra)
 
-    def _missed(self, shares: Sequence[float]) -> float:
-        """Neurons that a token names and the cache has not, where a layer has `shares` cached."""
+    def _missed(self, shares: Sequence[float]) -> list[float]:
+        """Neurons of each layer that a token names and the cache has not, where a layer has
+        `shares` cached."""
         behaviour = self._behaviour
-        return self._model.geometry.neurons * sum(
-            behaviour.named[layer] * behaviour.missed(layer, share)
+        return [
+            self._model.geometry.neurons * behaviour.named[layer] * behaviour.missed(layer, share)
             for layer, share in enumerate(shares)
-        )
+        ]
 
-    def _cold_misses(self, shares: Sequence[float]) -> list[float]:
+    def _cold_misses(self, shares: Sequence[float]) -> Iterator[list[float]]:
         """Misses of each of the first tokens: an empty cache holds what was missed so far. What a
         prompt has streamed through the rest of it is there by chance."""
         behaviour, neurons = self._behaviour, self._model.geometry.neurons
-        held, found = [0.0] * len(shares), []
+        held = [0.0] * len(shares)
         for _ in range(TOKENS_COLD):
-            missed = 0.0
+            found = []
             for layer, share in enumerate(shares):
                 chance = (share - held[layer]) / max(1 - held[layer], 1e-9)
                 new = behaviour.named[layer] * behaviour.missed(layer, held[layer])
-                missed += new * (1 - chance)
+                found.append(neurons * new * (1 - chance))
                 held[layer] = min(held[layer] + new, share)
-            found.append(neurons * missed)
-        return found
+            yield found
 
     @functools.cached_property
     def _unions(self) -> list[float]:

@@ -4,8 +4,8 @@
     predictor    the layer's own factors: compute waits for them
     processes    Python and messages of a layer, by the doctor's own small server; more where more
                  neurons are named
-    reads        what compute waits for of the misses: a layer's fetch, its demand's reads, and
-                 what look-ahead could not hide of the others
+    reads        what compute waits for of the misses: a layer's fetch, its parts where the cache
+                 has few slots, its demand's reads, and what look-ahead could not hide of the others
 
 The shares and factors below were fitted to servers that were measured (docs/forecast.md has them,
 and how far runs lay from this). Overlap is what they say least about: a machine with more cores
@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.forecast.machine import Machine
+from common.limits import PART_BUNDLES_MIN, PARTS_IN_FLIGHT_MAX
 from common.store.geometry import DTYPE_BYTES, Geometry
 
 NAMED_US = 3.0  # of reader, predictor and messages, for a neuron that is named
@@ -42,6 +43,7 @@ class Work:
     missed: float
     cache_by_named: float  # slots for each neuron that is named
     same_bytes: int  # of the predictors that compute waits for
+    extra_parts: int  # in which layers stream because their slots are few
 
     @property
     def demand_share(self) -> float:
@@ -104,7 +106,16 @@ def _reads_ms(machine: Machine, geometry: Geometry, work: Work, layer_ms: float)
     demand = work.missed * work.demand_share
     touched = min(1.0, work.missed / geometry.layers)  # layers that miss anything at all
     fetches = touched * geometry.layers * FETCH_SHARE * layer_ms
+    fetches += work.extra_parts * PART_SHARE * machine.layer_ms
     return fetches + one * (demand + EXPOSED_AHEAD * (work.read - demand))
+
+
+def extra_parts(missed: float, slots: int) -> int:
+    """Parts in which a layer's `missed` neurons stream through `slots`, beyond those that they
+    take where there is room: as services/reader/fetches.py makes them."""
+    usual = max(-(-missed // PARTS_IN_FLIGHT_MAX), PART_BUNDLES_MIN)
+    few = min(usual, max(1, slots // 2))
+    return int(-(-missed // few) - -(-missed // usual))
 
 
 def prompt_ms(

@@ -30,7 +30,7 @@ from common.forecast.machine import (
     with_drive,
 )
 from common.forecast.source import Described, describe
-from common.forecast.tokens import Work, token_ms
+from common.forecast.tokens import Work, extra_parts, token_ms
 from common.launch import CHECKOUT
 from common.lowrank import CACHE_SHARES, REPORT
 from common.plan import divide, make_plan, needs_of, smallest_bytes
@@ -193,7 +193,7 @@ def test_a_fitted_store_speaks_for_itself(made: Made) -> None:
 
 
 def test_without_a_miss_nothing_is_read(opt: Described) -> None:
-    work = Work(10**9, 1e6, 1000.0, 300.0, 0.0, 10.0, 10**6)
+    work = Work(10**9, 1e6, 1000.0, 300.0, 0.0, 10.0, 10**6, 0)
     found = token_ms(MACHINE, opt.geometry, work)
     assert found.reads == 0
     assert found.products == pytest.approx(
@@ -201,6 +201,14 @@ def test_without_a_miss_nothing_is_read(opt: Described) -> None:
     )
     reading = token_ms(MACHINE, opt.geometry, dataclasses.replace(work, missed=500.0))
     assert reading.reads > 0
+
+
+def test_few_slots_make_more_parts() -> None:
+    assert extra_parts(58.0, 1000) == 0
+    assert extra_parts(58.0, 130) == 0, "half of them hold a part of the usual size"
+    assert extra_parts(58.0, 40) == 2  # three of 20 in place of one
+    assert extra_parts(800.0, 84) == 16  # twenty of 42 in place of four
+    assert extra_parts(0.0, 2) == 0
 
 
 def points(read_us: float, byte_ns: float) -> list[dict[str, float]]:
