@@ -246,7 +246,7 @@ def _workspace_bytes(needs: Needs, context: int, block: int) -> int:
     geometry, config = needs.geometry, needs.config
     rows = min(block, context)
     part = part_bundles(geometry)
-    # One part of the bundles at a time, gathered and as float32; then its products with all rows.
+    # Of a part, what threads hold as float32 and their products pack; its products with all rows.
     ffn = part * (geometry.hidden * (geometry.item_bytes + 4) + 3 * rows * 4)
     stream = STREAM_COPIES * rows * geometry.hidden * 4
     width = config["num_attention_heads"] * _head_width(config)

@@ -91,10 +91,11 @@ def test_hits_go_at_once_and_say_how_many_are_to_come():
 
 def test_the_hits_of_a_whole_layer_are_several_parts():
     """As soon as the first is released, the misses stream through its slots."""
-    fetches = reader(slots := NEURONS - 100)
+    wide = Geometry(layers=2, neurons=NEURONS, hidden=4096, gated=False, dtype="float32")
+    slots, size = NEURONS - 100, PART_BYTES_MAX // wide.stride_bytes
+    fetches = Fetches(wide, (slots, slots), Window(None), "layer", "none")
     fill(fetches, np.arange(slots))
     parts = fetches.take(fetch(np.arange(NEURONS), step=2), 0)
-    size = PART_BYTES_MAX // GEOMETRY.stride_bytes
     assert [len(ids_of(part)) for part in parts] == [size, slots - size]
     assert [part.cached for part in parts] == [True, True]
     assert [part.left for part in parts] == [NEURONS - size, 100]
