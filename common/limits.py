@@ -7,7 +7,8 @@ Units are last in the name. A bound that a user may want to change is a setting 
 QUEUE_MAX = 16  # admitted and waiting, beside the one that runs
 
 # A step
-PREFILL_ROWS_MAX = 512  # tokens of a prompt in one step
+PREFILL_ROWS_MAX = 512  # tokens of a prompt in one step, if nothing else is asked for
+PREFILL_ROWS_MIN = 64  # as few where memory is short
 PREDICT_ROWS_MAX = 16  # beyond this many tokens a step's union is nearly the whole layer
 
 # Reads
@@ -15,7 +16,7 @@ READS_IN_FLIGHT_MAX = 128  # queue depth that the reader gives the drive
 READ_BYTES_MAX = 1 << 20  # one merged read
 READ_BUNDLES_MAX = 256  # one merged read; IOV_MAX is 1024
 PART_BUNDLES_MIN = 64  # parts smaller than this cost more in messages than they hide
-PART_BYTES_MAX = 8 << 20  # of a streamed layer: one part is multiplied while the next lands
+PART_BYTES_MAX = 16 << 20  # of a streamed layer: one part is multiplied while the next lands
 PARTS_IN_FLIGHT_MAX = 4  # of one fetch
 PREFETCH_BUNDLES_MAX = 64  # of one group that is read ahead of need
 PREFETCH_GROUPS_IN_FLIGHT_MAX = 2  # one is being read while the other is taken up
@@ -47,11 +48,13 @@ STOP_S = 3.0  # from the signal to the end of a service; then it is killed
 HANG_S = 60.0  # a loop that does not turn for so long; one matrix product takes less
 SLEPT_S = 5 * POLL_S  # a gap between the gateway's own looks in which it was the one that slept
 WAITING_EVERY_S = 1.0  # a request with nothing else to say says that it is alive
+PREFILLING_EVERY_S = 0.25  # how far a prompt is, is told no more often
 CLOSE_S = 2.0  # a cancelled request's client waits this long for compute's figures
 CLIENT_HEARTBEAT_S = 1.0  # ZeroMQ's own, on the clients' connections
 CLIENT_LOST_S = 3.0  # a client whose connection is silent for this long is gone
 CLIENT_LINGER_S = 0.5  # at the end: the last words reach the clients' sockets
 
+assert PREDICT_ROWS_MAX < PREFILL_ROWS_MIN <= PREFILL_ROWS_MAX
 assert READ_BYTES_MAX % ALIGN_BYTES == 0
 assert READ_BYTES_MAX <= PART_BYTES_MAX
 assert PREFETCH_GROUPS_IN_FLIGHT_MAX * PREFETCH_BUNDLES_MAX <= READS_IN_FLIGHT_MAX, (

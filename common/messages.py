@@ -68,6 +68,20 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefilling:
+    """How far a request's prompt is: of its `tokens`, `tokens_done` have gone through all layers,
+    and the `block` tokens that follow through `layers_done` of `layers`."""
+
+    request: int
+    tokens_done: int  # with those that an earlier request left in the KV cache
+    tokens: int
+    block: int
+    layers_done: int
+    layers: int
+    eta_s: float  # until the first token, at the pace so far
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The last word of compute on a request; `error` is "" unless the request failed."""
 
@@ -124,7 +138,8 @@ class Resident:
     """Part `part` of a layer's fetch: these neurons lie in these slots until its Release.
 
     Part 0 is what was in the cache already, sent even where it is empty; `left` neurons are still
-    to come. Its reads are those of the layer's prefetch, a later part's are its own.
+    to come. Its reads are those of the layer's prefetch, a later part's are its own. Of a layer
+    that is asked for whole, what was in the cache may come as several parts, which are `cached`.
     """
 
     request: int
@@ -132,6 +147,7 @@ class Resident:
     layer: int
     part: int
     left: int
+    cached: bool  # they were there when the Fetch came; else it had to wait for them
     prefetched: int  # of part 0's neurons, those that this step's look-ahead brought
     extra: int  # of part 0's neurons, those that the Fetch did not name (setting `extras`)
     reads: int
@@ -181,7 +197,7 @@ class Drop:
 
 HEALTH_CODEC = Codec(Ready, Health, Fault)
 CONTROL_CODEC = Codec(Admit, Abort)
-ANSWER_CODEC = Codec(Token, Done)
+ANSWER_CODEC = Codec(Prefilling, Token, Done)
 PREDICT_CODEC = Codec(Predict)
 FETCH_CODEC = Codec(Fetch)
 RESIDENT_CODEC = Codec(Cache, Resident, Unreadable)

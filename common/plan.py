@@ -12,6 +12,7 @@ that can. All sizes in bytes. docs/measurements.md has the figures that the cons
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from common import lowrank
 from common.cgroup import machine_bytes
 from common.config import Settings, cache_bytes
 from common.errors import SettingError
-from common.limits import PART_BYTES_MAX, PREFILL_ROWS_MAX
+from common.limits import PART_BYTES_MAX, PREFILL_ROWS_MAX, PREFILL_ROWS_MIN
 from common.policy import slots_by_use
 from common.store.geometry import DTYPE_BYTES, Geometry
 from common.store.store import Store
@@ -44,6 +45,7 @@ TOKENIZER_FACTOR = 12  # bytes in the gateway for a byte of tokenizer.json
 READER_NEURON_BYTES = 64  # of index, keys, checksums: arrays with an entry for every neuron
 # malloc keeps what a block of a prompt frees: this much was held for each byte in use at once.
 WORKSPACE_HELD = 2
+WORKSPACE_SHARE = 16  # of the budget a block of a prompt may have 1/16, or it is made smaller
 LOGITS_COPIES = 8  # float32 vectors over the vocabulary while a token is chosen
 STREAM_COPIES = 6  # float32 blocks [rows, hidden] at once: input, its copy, sum, residual, norms
 RESERVE_BYTES_MIN = 32 << 20
@@ -71,6 +73,7 @@ class Plan:
     cache_bytes: int
     cache_bytes_min: int  # of which a cache that shrinks keeps so much
     context: int  # tokens
+    block: int  # tokens of a prompt in one step, at most
     slots: tuple[int, ...]  # per layer
 
     def lines(self) -> dict[str, int]:
@@ -121,9 +124,38 @@ def needs_of(settings: Settings, store: Store) -> Needs:
 
 def divide(settings: Settings, needs: Needs) -> Plan:
     """The plan for a model with such `needs`; `SettingError` names the smallest that would work."""
-    geometry = needs.geometry
-    context = min(settings.context, int(needs.config["max_position_embeddings"]))
-    fixed = _fixed_lines(needs, context)
+    *larger, smallest = _blocks(settings, needs)
+    for block in larger:
+        with contextlib.suppress(SettingError):
+            return _divide(settings, needs, block)
+    return _divide(settings, needs, smallest)
+
+
+def _blocks(settings: Settings, needs: Needs) -> list[int]:
+    """Sizes of a prompt's block, the best first.
+
+    A larger one reads the FFN less often. But from so many tokens on as the machine makes
+    operations while the drive gives a byte, 70 to some hundreds, reads are under products anyway.
+    """
+    context = _context(settings, needs)
+    if settings.block is not None:
+        return [min(settings.block, context)]
+    budget = settings.memory if settings.memory is not None else machine_bytes() // 2
+    sizes, size = [], PREFILL_ROWS_MAX
+    while size > PREFILL_ROWS_MIN:
+        if _workspace_bytes(needs, context, size) * WORKSPACE_SHARE <= budget:
+            sizes.append(size)
+        size //= 2
+    return [min(size, context) for size in (*sizes, PREFILL_ROWS_MIN)]
+
+
+def _context(settings: Settings, needs: Needs) -> int:
+    return min(settings.context, int(needs.config["max_position_embeddings"]))
+
+
+def _divide(settings: Settings, needs: Needs, block: int) -> Plan:
+    geometry, context = needs.geometry, _context(settings, needs)
+    fixed = _fixed_lines(needs, context, block)
     each = _slots_per_layer(settings, geometry, sum(fixed.values()))
     slots = _share(each, settings.slots, needs)
     cache = sum(slots) * geometry.stride_bytes
@@ -137,16 +169,17 @@ def divide(settings: Settings, needs: Needs) -> Plan:
         cache_bytes=cache,
         cache_bytes_min=min(cache, _slots_min(geometry) * geometry.layers * geometry.stride_bytes),
         context=context,
+        block=block,
         slots=slots,
     )
 
 
 def smallest_bytes(settings: Settings, needs: Needs) -> int:
     """The smallest budget that works; `settings` without one, and without a cache."""
-    context = min(settings.context, int(needs.config["max_position_embeddings"]))
+    block = _blocks(settings, needs)[-1]
     geometry = needs.geometry
     layer_slot = geometry.layers * geometry.stride_bytes
-    taken = sum(_fixed_lines(needs, context).values())
+    taken = sum(_fixed_lines(needs, _context(settings, needs), block).values())
     taken += _slots_min(geometry) * (layer_slot + _cache_tables(layer_slot))
     # A plan takes the reserve from the budget, which is the larger.
     return max(taken + _reserve(taken), -(-taken * RESERVE_SHARE // (RESERVE_SHARE - 1)))
@@ -176,7 +209,7 @@ def _head_width(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _fixed_lines(needs: Needs, context: int) -> dict[str, int]:
+def _fixed_lines(needs: Needs, context: int, block: int) -> dict[str, int]:
     """Every line but the cache and the reserve; the kernel's without its share for the cache."""
     geometry = needs.geometry
     computed_bytes = DTYPE_BYTES[geometry.compute_dtype]
@@ -184,7 +217,7 @@ def _fixed_lines(needs: Needs, context: int) -> dict[str, int]:
         "resident_bytes": needs.resident_bytes * computed_bytes // geometry.item_bytes,
         "kv_bytes": context * kv_token_bytes(needs.config, computed_bytes),
         "predictors_bytes": needs.predictors_bytes,
-        "workspace_bytes": _workspace_bytes(geometry, needs.config, context),
+        "workspace_bytes": _workspace_bytes(needs, context, block),
     }
     kernel = KERNEL_BYTES + sum(lines.values()) // PAGE_BYTES_PER_TABLE_BYTE
     lines |= {f"{name}_bytes": size for name, size in PROCESS_BYTES.items()}
@@ -203,11 +236,17 @@ def _predictors_bytes(predictor: str, store: Store) -> int:
     return 0
 
 
-def _workspace_bytes(geometry: Geometry, config: Mapping[str, Any], context: int) -> int:
+def part_bundles(geometry: Geometry) -> int:
+    """Neurons of a layer that compute multiplies with a block of tokens at a time, at most."""
+    return min(max(PART_BYTES_MAX // geometry.stride_bytes, 1), geometry.neurons)
+
+
+def _workspace_bytes(needs: Needs, context: int, block: int) -> int:
     """What compute takes and gives back in a step: the largest is a block of a long prompt."""
-    rows = min(PREFILL_ROWS_MAX, context)
-    part = min(max(PART_BYTES_MAX // geometry.stride_bytes, 1), geometry.neurons)
-    # One part of the bundles at a time, gathered and as float32; then its products with all rows.
+    geometry, config = needs.geometry, needs.config
+    rows = min(block, context)
+    part = part_bundles(geometry)
+    # Of a part, what threads hold as float32 and their products pack; its products with all rows.
     ffn = part * (geometry.hidden * (geometry.item_bytes + 4) + 3 * rows * 4)
     stream = STREAM_COPIES * rows * geometry.hidden * 4
     width = config["num_attention_heads"] * _head_width(config)

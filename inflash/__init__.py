@@ -16,7 +16,7 @@ from inflash._errors import (
     ServerLost,
     ServerNotFound,
 )
-from inflash._generation import Token
+from inflash._generation import Prefill, Token
 from inflash._messages import Stats
 from inflash._version import __version__
 
@@ -26,6 +26,7 @@ __all__ = [
     "Client",
     "Generation",
     "InflashError",
+    "Prefill",
     "RequestFailed",
     "RequestRefused",
     "ServerLost",

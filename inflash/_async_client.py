@@ -16,7 +16,7 @@ import zmq.asyncio
 
 from inflash._connection import GONE, is_disconnect, no_status, not_found, open_socket
 from inflash._errors import ServerLost, ServerNotFound
-from inflash._generation import End, GenerationState, Token
+from inflash._generation import End, GenerationState, OnPrefill, Token
 from inflash._messages import StatusReply
 from inflash._rundir import default_run_dir
 from inflash._sampling import make_sampling
@@ -31,8 +31,14 @@ class AsyncGeneration(GenerationState):
     As a context manager it cancels, on leaving, an answer that is not over.
     """
 
-    def __init__(self, client: AsyncClient, mailbox: Mailbox, came: asyncio.Event):
-        super().__init__(mailbox)
+    def __init__(
+        self,
+        client: AsyncClient,
+        mailbox: Mailbox,
+        came: asyncio.Event,
+        on_prefill: OnPrefill | None,
+    ):
+        super().__init__(mailbox, on_prefill)
         self._client = client
         self._came = came
 
@@ -96,6 +102,7 @@ class AsyncClient:
         forced: Sequence[int] = (),
         logits: bool = False,
         trace: bool | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> AsyncGeneration:
         """As `Client.generate`; awaiting it sends the request."""
         sampling = make_sampling(
@@ -114,7 +121,7 @@ class AsyncClient:
         now = time.monotonic()
         mailbox, frames = self._session.generate(prompt, sampling, logits, now, came.set, trace)
         await self._send(frames)
-        return AsyncGeneration(self, mailbox, came)
+        return AsyncGeneration(self, mailbox, came, on_prefill)
 
     async def status(self) -> dict[str, Any]:
         """The server's report: state, services, store, plan, settings, queue, counters."""

@@ -13,12 +13,14 @@ import click
 
 from inflash._client import Generation
 from inflash._errors import RequestFailed, ServerLost
+from inflash._generation import OnPrefill
 from inflash._interrupt import cancel_on_interrupt
+from inflash._progress import PrefillBar
 from inflash._session import Prompt
 
 NAMES = {"user": "User", "assistant": "Assistant"}
 
-Ask = Callable[[Prompt, tuple[str, ...]], Generation]
+Ask = Callable[[Prompt, tuple[str, ...], OnPrefill], Generation]
 
 
 class Conversation:
@@ -68,13 +70,10 @@ def converse(conversation: Conversation, ask: Ask) -> None:
 def _answer(conversation: Conversation, ask: Ask, line: str) -> None:
     conversation.add("user", line)
     try:
-        generation = ask(conversation.prompt, conversation.stops)
-        shown = 0
-        with cancel_on_interrupt(generation):
-            for token in generation:
-                sys.stdout.write(token.text)
-                sys.stdout.flush()
-                shown += len(token.text)
+        with PrefillBar() as bar:
+            generation = ask(conversation.prompt, conversation.stops, bar)
+            with cancel_on_interrupt(generation):
+                shown = _show(generation, bar)
         click.echo(generation.text[shown:])
     except ServerLost:
         raise
@@ -83,3 +82,14 @@ def _answer(conversation: Conversation, ask: Ask, line: str) -> None:
         conversation.take_back()
         return
     conversation.add("assistant", generation.text.strip())
+
+
+def _show(generation: Generation, bar: PrefillBar) -> int:
+    """Shows an answer as it comes; how many characters were shown."""
+    shown = 0
+    for token in generation:
+        bar.end()
+        sys.stdout.write(token.text)
+        sys.stdout.flush()
+        shown += len(token.text)
+    return shown

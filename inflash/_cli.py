@@ -16,8 +16,10 @@ import click
 from inflash import _checkout
 from inflash._client import Client, Generation
 from inflash._errors import InflashError
+from inflash._generation import OnPrefill
 from inflash._interrupt import cancel_on_interrupt
 from inflash._messages import Stats
+from inflash._progress import PrefillBar
 from inflash._version import __version__
 
 INTERRUPTED = 130
@@ -75,18 +77,21 @@ def generate(
     The text goes to stdout, a line of figures to stderr.
     """
     text = sys.stdin.read() if prompt == "-" else prompt
-    with Client(run_dir) as client:
-        generation = _ask(client, [{"role": "user", "content": text}] if chat else text, sampling)
+    asked = [{"role": "user", "content": text}] if chat else text
+    with Client(run_dir) as client, PrefillBar() as bar:
+        generation = _ask(client, asked, sampling, bar)
         ids, logprobs = [], []
         shown = 0
         with cancel_on_interrupt(generation) as interrupt:
             for token in generation:
+                bar.end()
                 ids.append(token.id)
                 logprobs.append(token.logprob)
                 if not (as_json or no_stream):
                     sys.stdout.write(token.text)
                     sys.stdout.flush()
                     shown += len(token.text)
+        bar.end()
         if as_json:
             click.echo(json.dumps(_as_json(generation, ids, logprobs)))
         else:
@@ -110,8 +115,8 @@ def chat(run_dir: str | None, **sampling: Any) -> None:
         has_template = bool(client.status()["model"]["chat_template"])
         conversation = Conversation(has_template, stops=sampling.pop("stop"))
 
-        def ask(prompt: Any, stop: tuple[str, ...]) -> Generation:
-            return _ask(client, prompt, sampling | {"stop": stop})
+        def ask(prompt: Any, stop: tuple[str, ...], on_prefill: OnPrefill) -> Generation:
+            return _ask(client, prompt, sampling | {"stop": stop}, on_prefill)
 
         converse(conversation, ask)
 
@@ -134,9 +139,11 @@ def status(as_json: bool, watch: bool, run_dir: str | None) -> None:
             show(client.status())
 
 
-def _ask(client: Client, prompt: Any, sampling: dict[str, Any]) -> Generation:
+def _ask(
+    client: Client, prompt: Any, sampling: dict[str, Any], on_prefill: OnPrefill
+) -> Generation:
     try:
-        return client.generate(prompt, **sampling)
+        return client.generate(prompt, on_prefill=on_prefill, **sampling)
     except ValueError as error:  # a sampling value out of range
         raise click.UsageError(str(error)) from None
 
@@ -170,11 +177,13 @@ def _show_stats(stats: Stats | None) -> None:
 
 def stats_line(stats: Stats) -> str:
     """The figures of an answer, for a person."""
+    reused = [f"{stats.reused_tokens:,} prompt tokens reused"] if stats.reused_tokens else []
     return " · ".join(
         [
             f"{stats.new_tokens} tokens",
             f"{stats.tokens_per_s:.1f} tokens/s",
             f"first after {stats.time_to_first_token_s:.2f} s",
+            *reused,
             f"{stats.decode_bytes_per_token / 1e6:.2f} MB read per token",
             f"hit rate {100 * stats.decode_hit_rate:.1f} %",
             f"reads hidden {100 * stats.decode_hidden_share:.0f} %",

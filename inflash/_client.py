@@ -13,7 +13,7 @@ import zmq
 
 from inflash._connection import GONE, is_disconnect, no_status, not_found, open_socket
 from inflash._errors import ServerLost, ServerNotFound
-from inflash._generation import End, GenerationState, Token
+from inflash._generation import End, GenerationState, OnPrefill, Token
 from inflash._messages import StatusReply
 from inflash._rundir import default_run_dir
 from inflash._sampling import make_sampling
@@ -28,8 +28,8 @@ class Generation(GenerationState):
     As a context manager it cancels, on leaving, an answer that is not over.
     """
 
-    def __init__(self, client: Client, mailbox: Mailbox):
-        super().__init__(mailbox)
+    def __init__(self, client: Client, mailbox: Mailbox, on_prefill: OnPrefill | None):
+        super().__init__(mailbox, on_prefill)
         self._client = client
 
     def cancel(self) -> None:
@@ -94,13 +94,15 @@ class Client:
         forced: Sequence[int] = (),
         logits: bool = False,
         trace: bool | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> Generation:
         """Asks for the continuation of `prompt`: text, token ids or chat turns.
 
         The defaults are greedy. `stop`: texts that end the answer, not part of it. `logits`: send
         float32 [vocabulary] with every token. `forced`: token ids that the answer begins with,
         given instead of chosen: their logprobs say how the model finds them. `trace`: whether the
-        server records where the time goes, for `inflash trace`; None: as it is set. `ValueError`
+        server records where the time goes, for `inflash trace`; None: as it is set. `on_prefill`:
+        called by the iterator, some times a second, while a long prompt is worked on. `ValueError`
         for a sampling value out of range; what the server refuses is raised by the iterator.
         """
         sampling = make_sampling(
@@ -119,7 +121,7 @@ class Client:
             prompt, sampling, logits, time.monotonic(), trace=trace
         )
         self._send(frames)
-        return Generation(self, mailbox)
+        return Generation(self, mailbox, on_prefill)
 
     def status(self) -> dict[str, Any]:
         """The server's report: state, services, store, plan, settings, queue, counters."""

@@ -5,6 +5,7 @@ Shared by `Generation` and `AsyncGeneration`, which only add how to wait.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from inflash import _messages as wire
@@ -28,6 +29,29 @@ class Token:
     logits: memoryview[float] | None = field(default=None, repr=False, compare=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """How far a prompt is: of its `tokens`, `tokens_done` have gone through all layers, and the
+    `block` tokens that follow through `layers_done` of `layers`. `eta_s`: seconds until the first
+    token, at the pace so far.
+    """
+
+    tokens_done: int
+    tokens: int
+    block: int
+    layers_done: int
+    layers: int
+    eta_s: float
+
+    @property
+    def share(self) -> float:
+        """Of the whole prompt, what is done."""
+        return (self.tokens_done + self.block * self.layers_done / self.layers) / self.tokens
+
+
+OnPrefill = Callable[[Prefill], None]
+
+
 class End(Exception):  # noqa: N818  (no error: the iterator's end)
     """The answer is over; each skin turns it into its own StopIteration."""
 
@@ -35,8 +59,10 @@ class End(Exception):  # noqa: N818  (no error: the iterator's end)
 class GenerationState:
     """What is known of an answer so far."""
 
-    def __init__(self, mailbox: Mailbox):
+    def __init__(self, mailbox: Mailbox, on_prefill: OnPrefill | None = None):
         self._mailbox = mailbox
+        self._on_prefill = on_prefill
+        self._prefill: Prefill | None = None
         self._pieces: list[str] = []
         self._over = False
         self._ahead: int | None = None
@@ -52,6 +78,12 @@ class GenerationState:
     def ahead(self) -> int | None:
         """Requests before this one in the queue when the server last said so; None: it has not."""
         return self._ahead
+
+    @property
+    def prefill(self) -> Prefill | None:
+        """How far the prompt was when the server last said so; None: it has not. A prompt that
+        takes long is told of some times a second."""
+        return self._prefill
 
     @property
     def finish_reason(self) -> str | None:
@@ -72,6 +104,12 @@ class GenerationState:
             match events.popleft():
                 case wire.Waiting(ahead=ahead):
                     self._ahead = ahead
+                case wire.Prefilling() as told:
+                    self._ahead = 0
+                    tokens = told.tokens_done, told.tokens, told.block
+                    self._prefill = Prefill(*tokens, told.layers_done, told.layers, told.eta_s)
+                    if self._on_prefill:
+                        self._on_prefill(self._prefill)
                 case wire.Token() as token:
                     self._pieces.append(token.text)
                     logits = memoryview(token.logits).cast("f") if token.logits else None

@@ -1,6 +1,6 @@
 """What a client and the gateway say to each other (DEALER ⇄ ROUTER), and the values inside.
 
-    Generate, Cancel, Status   →   Waiting, Token, Finished, Failed, StatusReply
+    Generate, Cancel, Status   →   Waiting, Prefilling, Token, Finished, Failed, StatusReply
 
 Every Generate ends in exactly one of Finished and Failed. `request` is the client's own number
 for its request: any integer that it is not using for another one. A Cancel of a request that is
@@ -63,6 +63,7 @@ class Stats:
     """
 
     prompt_tokens: int
+    reused_tokens: int  # of the prompt: computed for the request before, and kept
     new_tokens: int
     queue_s: float
     time_to_first_token_s: float
@@ -160,6 +161,21 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefilling:
+    """How far a prompt is, some times a second while it takes long: of its `tokens`, `tokens_done`
+    have gone through all layers, and the `block` tokens that follow through `layers_done` of
+    `layers`."""
+
+    request: int
+    tokens_done: int  # with those that the request before had computed
+    tokens: int
+    block: int
+    layers_done: int
+    layers: int
+    eta_s: float  # until the first token, at the pace so far
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     request: int
     token_id: int
@@ -193,4 +209,6 @@ class StatusReply:
 FINISH_REASONS = ("stop", "length", "cancelled")
 """stop: the model's end token or a stop text; length: max_new_tokens or the context is full."""
 
-CLIENT_CODEC = Codec(Generate, Cancel, Status, Waiting, Token, Finished, Failed, StatusReply)
+CLIENT_CODEC = Codec(
+    Generate, Cancel, Status, Waiting, Prefilling, Token, Finished, Failed, StatusReply
+)

@@ -21,6 +21,7 @@ from inflash._messages import (
     Failed,
     Finished,
     Generate,
+    Prefilling,
     Sampling,
     Status,
     StatusReply,
@@ -43,7 +44,7 @@ class Lost:
     reason: str
 
 
-Answer = Waiting | Token | Finished | Failed | StatusReply
+Answer = Waiting | Prefilling | Token | Finished | Failed | StatusReply
 Event = Answer | Lost
 
 

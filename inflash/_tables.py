@@ -88,7 +88,8 @@ def _figures(figures: Mapping[str, Any]) -> str:
     return (
         f"{figures['new_tokens']:,} tokens, {figures['tokens_per_s']:.1f} tokens/s,"
         f" {_bytes(figures['bytes_read'])} read, hit rate {100 * figures['hit_rate']:.1f} %,"
-        f" late {100 * figures['late_share']:.1f} %; time: {', '.join(shares)}"
+        f" late {100 * figures['late_share']:.1f} %, reused {figures['reused_tokens']:,} of"
+        f" {figures['prompt_tokens']:,} prompt tokens; time: {', '.join(shares)}"
     )
 
 

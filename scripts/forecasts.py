@@ -125,7 +125,7 @@ def serve(store: Store, memory: int, context: int, questions: Sequence[Question]
     found = []
     with tempfile.TemporaryDirectory(prefix="inflash-") as folder:
         settings = {"store": str(store.path.absolute()), "run_dir": folder, "memory": f"{memory}",
-                    "context": f"{context}"}  # fmt: skip
+                    "context": f"{context}", "reuse": "off"}  # fmt: skip
         with (
             Server(settings, quiet=True) as server,
             Client(server.run_dir, timeout=CLIENT_S) as client,

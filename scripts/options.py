@@ -38,6 +38,17 @@ _OPTIONS = [
         help="Read for the next layer under this one's work. [default: on]",
     ),
     click.option("--context", metavar="TOKENS", help="Prompt and answer. [default: 2048]"),
+    click.option(
+        "--block",
+        metavar="auto|TOKENS",
+        help="Of a prompt, in one pass over the weights. [default: auto: 512, fewer if memory is"
+        " short]",
+    ),
+    click.option(
+        "--reuse",
+        type=click.Choice(["on", "off"]),
+        help="Compute no prompt tokens again that the request before had. [default: on]",
+    ),
     click.option("--threads", metavar="N", help="Of compute. [default: all cores]"),
     click.option("--backend", type=click.Choice(["auto", "aio", "threads"]), help="How to read."),
     click.option(

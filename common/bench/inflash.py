@@ -90,7 +90,8 @@ def contend(options: Options) -> Served:
     store = Store.open(options.model)
     questions = make_questions(options, vocabulary(store))
     with tempfile.TemporaryDirectory(prefix="inflash-") as folder:
-        settings = {"run_dir": folder} | dict(options.own.set)
+        # A prompt is asked several times, and each time timed.
+        settings = {"run_dir": folder, "reuse": "off"} | dict(options.own.set)
         settings |= {"store": str(options.model.absolute()), "threads": str(options.threads)}
         server = Server(settings, quiet=True)  # standard output is the result's
         plan = make_plan(server.settings, store)

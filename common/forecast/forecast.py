@@ -264,7 +264,8 @@ class Forecaster:
             touched, parts = self._unions[prompt], geometry.layers
         else:
             touched, parts = 1.0, sum(self._parts(slots) for slots in plan.slots)
-        return prompt_ms(machine, geometry, resident, prompt, touched, cached, parts)
+        tokens = prompt, plan.block
+        return prompt_ms(machine, geometry, resident, *tokens, touched, cached, parts)
 
     def _parts(self, slots: int) -> int:
         """Parts in which a layer is streamed through so many slots: one lands while another is

@@ -59,7 +59,7 @@ def main() -> int:
 def _serve(store: Store, run_dir: Path) -> dict[str, Any]:
     """A token's milliseconds for a layer, after a warm-up; and the start's seconds."""
     random = np.random.default_rng(0)
-    settings = {"store": str(store.path), "run_dir": str(run_dir), "cache": "100%",
+    settings = {"store": str(store.path), "run_dir": str(run_dir), "cache": "100%", "reuse": "off",
                 "context": f"{CONTEXT}"}  # fmt: skip
     began = time.perf_counter()
     with Server(settings, quiet=True) as server, Client(server.run_dir, timeout=CLIENT_S) as client:

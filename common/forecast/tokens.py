@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.forecast.machine import Machine
-from common.limits import PART_BUNDLES_MIN, PARTS_IN_FLIGHT_MAX, PREFILL_ROWS_MAX
+from common.limits import PART_BUNDLES_MIN, PARTS_IN_FLIGHT_MAX
 from common.store.geometry import DTYPE_BYTES, Geometry
 
 NAMED_US = 3.0  # of reader, predictor and messages, for a neuron that is named
@@ -123,6 +123,7 @@ def prompt_ms(
     geometry: Geometry,
     multiplied_bytes: int,
     tokens: int,
+    block: int,
     touched: float,
     cached: float,
     parts: int,
@@ -131,13 +132,14 @@ def prompt_ms(
 
     Args:
         multiplied_bytes: resident, as computed.
+        block: tokens that go through the model together.
         touched: share of the FFN that the prompt's tokens need: of a long prompt all.
         cached: share of that which need not be read.
         parts: of all layers together, that are read and multiplied in turn.
     """
     total = 0.0
-    for first in range(0, tokens, PREFILL_ROWS_MAX):
-        rows = min(PREFILL_ROWS_MAX, tokens - first)
+    for first in range(0, tokens, block):
+        rows = min(block, tokens - first)
         bundles = geometry.layers * geometry.neurons * touched
         resident_s, ffn_s = (
             machine.block_seconds(geometry.dtype, kind, rows) for kind in ("resident", "ffn")

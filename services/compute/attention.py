@@ -7,6 +7,7 @@ would take it for FlashAttention.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ from services.compute.products import Bits, bits_of
 
 ATTENTION = "single_sequence"
 
+Share = Callable[[int, int, Callable[[int, int], None]], None]
+"""Does work for all of a number of items, some at a time: see Products.share."""
+
+
+def alone(count: int, step: int, work: Callable[[int, int], None]) -> None:
+    """All at once, by this thread."""
+    work(0, count)
+
 
 def attend(
     module: nn.Module,
@@ -27,25 +36,41 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    share: Share = alone,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query` [1, heads, rows, width] over key, value [1, kv heads, tokens, width].
 
-    Returns [1, rows, heads, width] in the query's dtype, and no weights.
+    Returns [1, rows, heads, width] in the query's dtype, and no weights. Of a block of tokens the
+    heads are shared by `share`.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.shape[2] == 1:
         return _attend_one(query[0, :, 0], key[0], value[0], scale), None
-    # In fp16 and bf16, scaled_dot_product_attention is 5 to 12 times slower than in float32.
-    q, k, v = query.float(), key.float(), value.float()
-    rows, tokens = q.shape[2], k.shape[2]
-    mask = None
-    if 1 < rows < tokens:
-        mask = torch.ones(rows, tokens, dtype=torch.bool).tril(tokens - rows)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=rows == tokens and rows > 1, scale=scale, enable_gqa=True
-    )
-    return out.transpose(1, 2).to(query.dtype).contiguous(), None
+    return _attend_block(query[0], key[0], value[0], scale, share), None
+
+
+def _attend_block(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, share: Share
+) -> torch.Tensor:
+    """A block of queries [heads, rows, width] over key, value [kv heads, tokens, width].
+
+    In float32: scaled_dot_product_attention is 5 to 12 times slower in fp16 and bf16."""
+    (heads, rows, width), (kv_heads, tokens) = query.shape, key.shape[:2]
+    group, causal = heads // kv_heads, rows == tokens
+    mask = None if causal else torch.full((rows, tokens), -torch.inf).triu_(tokens - rows + 1)
+    out = query.new_empty(rows, heads, width)
+
+    def work(first: int, end: int) -> None:
+        q = query[first * group : end * group].float()
+        k, v = key[first:end].float(), value[first:end].float()
+        made = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], mask, is_causal=causal, scale=scale, enable_gqa=True
+        )
+        out[:, first * group : end * group] = made[0].transpose(0, 1)
+
+    share(kv_heads, 1, work)
+    return out[None]
 
 
 def _attend_one(

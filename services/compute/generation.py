@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common.limits import PREFILL_ROWS_MAX
-from common.messages import Admit
+from common.messages import Admit, Prefilling
 from inflash._messages import Stats
 from services.compute.sampling import Sampler
 from services.compute.waits import LayerWaits
@@ -17,6 +16,11 @@ from services.compute.waits import LayerWaits
 Step = Callable[[torch.Tensor, int], tuple[torch.Tensor, list[LayerWaits]]]
 """Runs the model over tokens int64 [count] that stand from a position on: the logits after the last
 one, float32 [vocabulary], and what each layer waited for."""
+
+
+def prompt_of(admit: Admit) -> torch.Tensor:
+    """The prompt's token ids, int64 [tokens]."""
+    return torch.frombuffer(bytearray(admit.prompt), dtype=torch.int32).long()
 
 
 @dataclass
@@ -71,8 +75,11 @@ class Generation:
     step: Step
     end_ids: frozenset[int]
     context: int  # tokens
+    block: int  # tokens of a prompt in one step
+    reused: int = 0  # of the prompt's tokens, those whose keys and values are kept
     reason: str = "length"
     new_tokens: int = 0
+    prefilled: int = 0  # of the prompt's tokens, those that are in the KV cache
     total: Tally = field(default_factory=Tally)
     decode: Tally = field(default_factory=Tally)
     started: float = field(default_factory=time.monotonic)
@@ -81,7 +88,7 @@ class Generation:
 
     def tokens(self) -> Iterator[Choice]:
         """The tokens, each as soon as it is chosen; the end token, if it comes, is the last."""
-        prompt = torch.frombuffer(bytearray(self.admit.prompt), dtype=torch.int32).long()
+        prompt = prompt_of(self.admit)
         limit = min(self.admit.sampling.max_new_tokens, self.context - len(prompt))
         sequence = torch.empty(len(prompt) + limit, dtype=torch.int64)
         sequence[: len(prompt)] = prompt
@@ -114,10 +121,22 @@ class Generation:
 
     def _prefill(self, prompt: torch.Tensor) -> torch.Tensor:
         logits = torch.empty(0)
-        for start in range(0, len(prompt), PREFILL_ROWS_MAX):
-            logits, waits = self.step(prompt[start : start + PREFILL_ROWS_MAX], start)
+        for start in range(self.reused, len(prompt), self.block):
+            self.prefilled = start
+            logits, waits = self.step(prompt[start : start + self.block], start)
             self.total.add(waits)
         return logits
+
+    def progress(self, layers_done: int, layers: int, now: float) -> Prefilling:
+        """How far the prompt is, so many layers into a block."""
+        tokens = len(self.admit.prompt) // 4
+        block = min(self.block, tokens - self.prefilled)
+        done = (self.prefilled - self.reused) * layers + block * layers_done
+        left = (tokens - self.reused) * layers - done
+        eta_s = (now - self.started) * left / done
+        return Prefilling(
+            self.admit.request, self.prefilled, tokens, block, layers_done, layers, eta_s
+        )
 
     def _decode(self, token: torch.Tensor, position: int) -> torch.Tensor:
         logits, waits = self.step(token, position)
@@ -130,6 +149,7 @@ class Generation:
         first = self.first_token or time.monotonic()
         return Stats(
             prompt_tokens=len(self.admit.prompt) // 4,
+            reused_tokens=self.reused,
             new_tokens=self.new_tokens,
             queue_s=0.0,
             time_to_first_token_s=first - self.started,

@@ -1,4 +1,5 @@
-"""The KV cache of one sequence: allocated once, filled from the front, never copied.
+"""The KV cache of one sequence: allocated once, filled from the front, never copied. It stays after
+a request, so that the next one computes only what it does not begin with.
 
 transformers' DynamicCache copies everything for each token, and its StaticCache attends over its
 whole length; this one returns views of the part that is filled.
@@ -53,7 +54,36 @@ class KVLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.filled = 0
 
+    def crop(self, max_length: int) -> None:
+        self.filled = min(self.filled, max_length)
+
 
 def make_kv_cache(layers: int, context: int) -> Cache:
     """An empty KV cache for sequences of up to `context` tokens; `reset()` empties it again."""
     return Cache(layers=[KVLayer(context) for _ in range(layers)])
+
+
+class Kept:
+    """A KV cache, and which tokens' keys and values it holds."""
+
+    def __init__(self, layers: int, context: int):
+        self.cache = make_kv_cache(layers, context)
+        self._tokens = torch.empty(context, dtype=torch.int64)
+        self._count = 0
+
+    def begin(self, prompt: torch.Tensor) -> int:
+        """Keeps what `prompt`, int64 [tokens], begins with, and no more: how many tokens. The last
+        of them is never kept: the logits after it are wanted.
+
+        What a step that was given up left behind goes: only whole steps were held.
+        """
+        most = max(min(self._count, len(prompt) - 1), 0)
+        differ = (self._tokens[:most] != prompt[:most]).nonzero()
+        self._count = int(differ[0]) if len(differ) else most
+        self.cache.crop(self._count)
+        return self._count
+
+    def hold(self, tokens: torch.Tensor, position: int) -> None:
+        """A step is over: the states of `tokens`, from `position` on, are in the cache."""
+        self._count = position + len(tokens)
+        self._tokens[position : self._count] = tokens

@@ -1,8 +1,4 @@
-"""The model's own linear modules, for steps of one token: products of resident rows with a vector.
-
-A block of tokens is torch's to multiply, in float32: on a CPU its products of half-precision
-matrices run at a small part of that speed.
-"""
+"""The model's own linear modules: products of resident rows with a token, or a block of tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +7,6 @@ from torch import nn
 
 from common.kernels import row_starts
 from services.compute.products import Products, bits_of
-
-CHUNK_ROWS = 512  # of a matrix that are float32 at a time
 
 
 class RowLinear(nn.Module):
@@ -37,14 +31,7 @@ class RowLinear(nn.Module):
         return self._products.dot(self._items, self._starts, row)
 
     def _block(self, rows: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(len(rows), len(self._starts))
-        chunk = torch.empty(min(CHUNK_ROWS, len(self._starts)), rows.shape[1])
-        for first in range(0, len(self._starts), CHUNK_ROWS):
-            starts = self._starts[first : first + CHUNK_ROWS]
-            some = chunk[: len(starts)]
-            self._products.widen(self._items, starts, some)
-            out[:, first : first + len(starts)] = rows @ some.T
-        return out
+        return self._products.dot_block(self._items, self._starts, rows)
 
 
 def multiply_rows(model: nn.Module, products: Products) -> None:

@@ -6,7 +6,6 @@ cancelled request ends within a layer.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 from collections import deque
@@ -15,15 +14,15 @@ import torch
 
 from common.kernels import compile_for
 from common.lifecycle import Service
-from common.limits import POLL_S, QUEUE_MAX
+from common.limits import POLL_S, PREFILLING_EVERY_S, QUEUE_MAX
 from common.messages import Abort, Admit, Done, Token
 from common.plan import make_plan
 from common.spans import NO_LAYER
 from common.store.store import Store, read_end_ids
 from common.system import cores
 from services.compute.failures import StepAbortedError, StepFailedError
-from services.compute.generation import Generation
-from services.compute.kv import make_kv_cache
+from services.compute.generation import Generation, prompt_of
+from services.compute.kv import Kept
 from services.compute.model import load_model
 from services.compute.pipeline import Pipeline
 from services.compute.products import Products
@@ -33,9 +32,7 @@ from services.compute.waits import LayerWaits
 def serve(service: Service, store: Store) -> None:
     """Runs until asked to stop."""
     threads = service.settings.threads or cores()
-    # torch's threads spin after a product, and would starve reader and predictor: one core is left
-    # to them. Ours do not.
-    torch.set_num_threads(max(min(threads, cores() - 1), 1))
+    torch.set_num_threads(1)  # the products' threads are ours: see products.py
     loop = ComputeLoop(service, store, Products(threads))
     with torch.inference_mode():
         loop.run()
@@ -50,12 +47,13 @@ class ComputeLoop:
         plan = make_plan(service.settings, store)
         compile_for(store.geometry.dtype, store.geometry.compute_dtype)
         self._pipeline = Pipeline(service, store.geometry, sum(plan.slots), products)
-        self._context = plan.context
+        self._context, self._block = plan.context, plan.block
         store.check_digests()
         self._model = load_model(store, self._pipeline, products)
         self._vocabulary = int(self._model.config.vocab_size)
-        self._kv = make_kv_cache(store.geometry.layers, self._context)
+        self._kv = Kept(store.geometry.layers, self._context)
         self._end_ids = read_end_ids(store.config_dir)
+        self._told = 0.0  # when the gateway last heard how far a prompt is
         self._waiting: deque[Admit] = deque()
         self._aborted: set[int] = set()
         # Not from 1: a reader that outlived a server must not take our steps for its own.
@@ -95,8 +93,11 @@ class ComputeLoop:
     def _generate(self, admit: Admit) -> None:
         laps = self._pipeline.laps
         laps.begin(admit.request, admit.trace)
-        self._kv.reset()
-        generation = self._generation(admit)
+        self._told = time.monotonic()
+        prompt = prompt_of(admit)
+        reused = self._kv.begin(prompt if self._service.settings.reuse == "on" else prompt[:0])
+        generation = self._generation(admit, reused)
+        self._service.count("reused_tokens", generation.reused)
         reason, failed_by, error = "", "", ""
         try:
             for index, choice in enumerate(generation.tokens()):
@@ -123,9 +124,12 @@ class ComputeLoop:
             self._aborted.clear()
         self._finish(admit.request, generation, reason, failed_by, error)
 
-    def _generation(self, admit: Admit) -> Generation:
-        step = functools.partial(self._run_step, admit.request)
-        return Generation(admit, step, self._end_ids, self._context)
+    def _generation(self, admit: Admit, reused: int = 0) -> Generation:
+        def step(tokens: torch.Tensor, position: int) -> tuple[torch.Tensor, list[LayerWaits]]:
+            return self._run_step(generation, tokens, position)
+
+        generation = Generation(admit, step, self._end_ids, self._context, self._block, reused)
+        return generation
 
     def _finish(
         self, request: int, generation: Generation, reason: str, failed_by: str, error: str
@@ -137,26 +141,41 @@ class ComputeLoop:
         return request in self._aborted or not self._service.running()
 
     def _run_step(
-        self, request: int, tokens: torch.Tensor, position: int
+        self, generation: Generation, tokens: torch.Tensor, position: int
     ) -> tuple[torch.Tensor, list[LayerWaits]]:
         """One forward pass: see generation.Step."""
+        request = generation.admit.request
         self._step = next(self._steps)
         laps = self._pipeline.laps
         laps.step, began_ns = self._step, laps.at_ns
-        self._pipeline.begin(request, self._step, lambda: self._is_aborted(request))
+        self._pipeline.begin(
+            request,
+            self._step,
+            lambda: self._is_aborted(request),
+            lambda layer: self._layer_over(generation, layer),
+        )
         output = self._model(
             input_ids=tokens[None],
             position_ids=torch.arange(position, position + len(tokens))[None],
-            past_key_values=self._kv,
+            past_key_values=self._kv.cache,
             use_cache=True,
             logits_to_keep=1,
         )
+        self._kv.hold(tokens, position)
         product_ns = laps.product_time.take()
         laps.lap("head", NO_LAYER, product_ns)
         laps.since("step", began_ns, NO_LAYER, len(tokens))
         self._pipeline.waits[-1].compute_ns += product_ns
         self._count(self._pipeline.waits)
         return output.logits[0, -1].float(), self._pipeline.waits
+
+    def _layer_over(self, generation: Generation, layer: int) -> None:
+        """Tells now and then how far a prompt is."""
+        now = time.monotonic()
+        if not generation.new_tokens and now - self._told >= PREFILLING_EVERY_S:
+            self._told = now
+            layers = self._store.geometry.layers
+            self._answers.send(generation.progress(layer + 1, layers, now))
 
     def _count(self, waits: list[LayerWaits]) -> None:
         """The counters of `inflash status`."""

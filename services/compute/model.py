@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def load_model(store: Store, pipeline: Pipeline, products: Products) -> Any:
     model: nn.Module = build_skeleton(config, flash_ffn, dtype, attention=ATTENTION)
     load_resident(model, store.resident_paths())
     multiply_rows(model, products)
-    time_products(model, pipeline.laps.product_time)
+    time_products(model, products, pipeline.laps.product_time)
 
     def tell(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden = args[0] if args else named["hidden_states"]
@@ -42,9 +43,10 @@ def load_model(store: Store, pipeline: Pipeline, products: Products) -> Any:
     return model
 
 
-def time_products(model: nn.Module, products: ProductTime) -> None:
+def time_products(model: nn.Module, products: Products, time: ProductTime) -> None:
     """Has the products of attention and head counted: the rest of their time is Python's."""
     for module in model.modules():
         if isinstance(module, RowLinear):
-            setattr(module, "forward", products.timed(module.forward))  # noqa: B010
-    AttentionInterface.register(ATTENTION, products.timed(attend))
+            setattr(module, "forward", time.timed(module.forward))  # noqa: B010
+    shared = functools.partial(attend, share=products.share)
+    AttentionInterface.register(ATTENTION, time.timed(shared))

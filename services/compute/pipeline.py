@@ -53,6 +53,7 @@ class Pipeline:
         self._resident = service.receive_from("resident")
         self._request = self._step = 0
         self._aborted: Callable[[], bool] = lambda: False
+        self._layer_over: Callable[[int], None] = lambda _: None
         self.waits: list[LayerWaits] = []
         self.laps = Laps(service.spans)
         self.rows: CacheRows
@@ -82,9 +83,17 @@ class Pipeline:
         self.rows = CacheRows(region, self._geometry, self._products)
         self._release.send(Attached(os.getpid()))
 
-    def begin(self, request: int, step: int, aborted: Callable[[], bool]) -> None:
-        """Starts a step; `aborted` is asked between parts whether to give it up."""
-        self._request, self._step, self._aborted = request, step, aborted
+    def begin(
+        self,
+        request: int,
+        step: int,
+        aborted: Callable[[], bool],
+        layer_over: Callable[[int], None],
+    ) -> None:
+        """Starts a step; `aborted` is asked between parts whether to give it up, and `layer_over`
+        is told of each layer that is over."""
+        self._request, self._step = request, step
+        self._aborted, self._layer_over = aborted, layer_over
         self.waits = []
 
     def drop(self) -> None:
@@ -106,12 +115,15 @@ class Pipeline:
             resident = self._next(layer, waits)
             waits.count(resident)
             if neurons := len(resident.ids) // 4:
-                yield Part(_indices(resident.ids), _indices(resident.slots), resident.part > 0)
+                yield Part(_indices(resident.ids), _indices(resident.slots), not resident.cached)
                 waits.compute_ns += self.laps.lap("ffn", layer, resident.part, neurons)
             self._release.send(Release(self._step, layer, resident.part))
             self.laps.lap("release", layer, resident.part)
+            if len(x) > 1 and self._aborted():  # a layer of many tokens takes seconds
+                raise StepAbortedError
             if resident.left == 0:
                 self.laps.since("layer", waits.asked_ns, layer, *waits.counts())
+                self._layer_over(layer)
                 return
 
     def fired(self, part: Part, count: int) -> None:

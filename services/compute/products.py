@@ -1,11 +1,14 @@
-"""The kernels of common/kernels.py over torch's tensors, by as many threads as torch has.
+"""Products of rows with a vector, by the kernels of common/kernels.py, and of rows with a block of
+tokens, by torch's, both shared by threads of ours.
 
 A product is cut into blocks that the threads take one after another: where another process has
 taken a core, the thread on the other core takes more of them. No thread spins between products.
+torch itself has one thread: its own would wait for the slowest of them, and spin.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +24,9 @@ Starts = npt.NDArray[np.int64]
 
 BLOCKS_PER_THREAD = 4
 SHARED_BYTES_MIN = 2 << 20  # what takes less time than 0.2 ms is not worth waking a thread for
+# Of a block of tokens' products: rows, or columns of them, that are float32 at a time in a thread.
+CHUNK_ROWS = 128
+CHUNK_WIDTH = 512
 
 
 class Products:
@@ -28,6 +34,7 @@ class Products:
 
     def __init__(self, threads: int) -> None:
         self._helpers = threads - 1
+        self._local = threading.local()
         self._pool = ThreadPoolExecutor(threads - 1, "products") if threads > 1 else None
 
     def dot(self, items: Bits, starts: Starts, x: torch.Tensor) -> torch.Tensor:
@@ -51,14 +58,49 @@ class Products:
 
         self._share(len(sums), len(starts) * len(sums) * items.itemsize, add)
 
-    def widen(self, items: Bits, starts: Starts, out: torch.Tensor) -> None:
-        """Fills `out` float32 [rows, width] with the rows."""
-        rows = out.numpy()
+    def dot_block(self, items: Bits, starts: Starts, x: torch.Tensor) -> torch.Tensor:
+        """The product of each row with each token of `x` float32 [tokens, width]: float32
+        [tokens, rows]. Threads share the rows."""
+        out = torch.empty(len(x), len(starts))
 
-        def widen(first: int, end: int) -> None:
-            widen_at(items, starts[first:end], rows[first:end])
+        def multiply(first: int, end: int) -> None:
+            rows = self._widened(items, starts[first:end], x.shape[1])
+            torch.mm(x, rows.T, out=out[:, first:end])
 
-        self._share(len(starts), len(starts) * rows.shape[1] * items.itemsize, widen)
+        self.share(len(starts), CHUNK_ROWS, multiply)
+        return out
+
+    def add_block(
+        self, items: Bits, starts: Starts, weights: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """out += for each token the rows, each times its weight: `weights` float32 [tokens, rows],
+        `out` float32 [tokens, width]. Threads share the width, so that none adds where another
+        does."""
+
+        def add(first: int, end: int) -> None:
+            rows = self._widened(items, starts + first, end - first)
+            out[:, first:end].addmm_(weights, rows)
+
+        self.share(out.shape[1], CHUNK_WIDTH, add)
+
+    def share(self, count: int, step: int, work: Callable[[int, int], None]) -> None:
+        """Does torch's `work` for all of `count` items, `step` at a time, by all threads."""
+
+        def do(first: int, end: int) -> None:
+            with torch.inference_mode():  # which is a thread's own
+                work(first, end)
+
+        self._spread(count, step, do)
+
+    def _widened(self, items: Bits, starts: Starts, width: int) -> torch.Tensor:
+        """Rows, or `width` numbers of each, as float32 [rows, width]; until the thread's next."""
+        size = len(starts) * width
+        room: torch.Tensor | None = getattr(self._local, "room", None)
+        if room is None or len(room) < size:
+            room = self._local.room = torch.empty(size)
+        rows = room[:size].view(len(starts), width)
+        widen_at(items, starts, rows.numpy())
+        return rows
 
     def _share(self, count: int, size_bytes: int, work: Callable[[int, int], None]) -> None:
         """Does `work` for all of `count` items, in blocks, by all threads."""
@@ -66,7 +108,13 @@ class Products:
             work(0, count)
             return
         step = -(-count // (BLOCKS_PER_THREAD * (self._helpers + 1)))
-        step = -(-step // 16) * 16  # whole cache lines of float32
+        self._spread(count, -(-step // 16) * 16, work)  # whole cache lines of float32
+
+    def _spread(self, count: int, step: int, work: Callable[[int, int], None]) -> None:
+        if self._pool is None or count <= step:
+            for first in range(0, count, step):
+                work(first, min(first + step, count))
+            return
         blocks = iter(range(0, count, step))
         others = [self._pool.submit(_take, blocks, step, count, work) for _ in range(self._helpers)]
         _take(blocks, step, count, work)

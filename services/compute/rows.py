@@ -21,7 +21,6 @@ class CacheRows:
     def __init__(self, region: mmap | bytearray, geometry: Geometry, products: Products):
         self._items: Bits = np.frombuffer(region, BITS[geometry.dtype])
         self._products = products
-        self._hidden = geometry.hidden
         self._slot_items = geometry.stride_bytes // geometry.item_bytes
         self._place = {name: i * geometry.hidden for i, name in enumerate(geometry.parts)}
 
@@ -34,11 +33,16 @@ class CacheRows:
         """Adds those rows, each times its weight, float32 [count], to `out` float32 [hidden]."""
         self._products.add(self._items, self._starts(part, slots), weights, out)
 
-    def widened(self, part: str, slots: torch.Tensor) -> torch.Tensor:
-        """Those rows as float32 [count, hidden]."""
-        rows = torch.empty(len(slots), self._hidden)
-        self._products.widen(self._items, self._starts(part, slots), rows)
-        return rows
+    def dot_block(self, part: str, slots: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The same for each token of `x` float32 [tokens, hidden]: float32 [tokens, count]."""
+        return self._products.dot_block(self._items, self._starts(part, slots), x)
+
+    def add_block(
+        self, part: str, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Adds for each token those rows, each times its weight, float32 [tokens, count], to `out`
+        float32 [tokens, hidden]."""
+        self._products.add_block(self._items, self._starts(part, slots), weights, out)
 
     def _starts(self, part: str, slots: torch.Tensor) -> Starts:
         return slots.numpy() * self._slot_items + self._place[part]

@@ -4,6 +4,8 @@ line.
     decode   bytes per second of one token's products: resident matrices, a named neuron's first
              row, a firing neuron's other rows, keys and values
     block    seconds per byte of a block of BLOCK_ROWS tokens: resident matrices, and the FFN
+    gemm     of a prompt's block of GEMM_ROWS tokens, float32: operations per second of one product
+             of torch's, of all threads, where nothing is widened and nothing read
 
 By the number format of the store: a bfloat16 one is computed in float32, and its resident bytes are
 counted as float32. measure.py compares other ways to make the same products.
@@ -38,6 +40,7 @@ TURNS = 5
 BLOCK_ROWS = (16, 128)
 BLOCK_OUT = 1024  # rows of a block's matrix
 BLOCK_TURNS = 3
+GEMM_ROWS = 512
 
 
 def decode(dtype: str, products: Products) -> dict[str, float]:
@@ -72,13 +75,22 @@ def block(dtype: str, products: Products) -> dict[str, list[float]]:
         x, out = torch.randn(count, HIDDEN), torch.zeros(count, HIDDEN)
 
         def ffn(x: torch.Tensor = x, out: torch.Tensor = out) -> None:
-            h = (x @ rows.widened("up", slots).T).relu()
-            out.addmm_(h, rows.widened("down", slots))
+            rows.add_block("down", slots, rows.dot_block("up", slots, x).relu(), out)
 
         seconds = _seconds(functools.partial(linear, x), BLOCK_TURNS)
         found["resident"].append(seconds / linear.weight.nbytes)
         found["ffn"].append(_seconds(ffn, BLOCK_TURNS) / (BLOCK_OUT * geometry.bundle_bytes))
     return found
+
+
+def gemm(threads: int) -> float:
+    """Operations per second of the faster of torch's two ways to lay a product out."""
+    x, matrix = torch.randn(GEMM_ROWS, HIDDEN), torch.randn(HIDDEN, HIDDEN)
+    torch.set_num_threads(threads)
+    ways: list[Callable[[], Any]] = [lambda: x @ matrix.T, lambda: matrix @ x.T]
+    seconds = min(_seconds(way, TURNS) for way in ways)
+    torch.set_num_threads(1)
+    return 2 * x.numel() * HIDDEN / seconds
 
 
 def _torch(dtype: str) -> torch.dtype:
@@ -110,17 +122,17 @@ def main(arguments: Sequence[str]) -> int:
     """The program. Returns the exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=cores(), help="of compute")
+    parser.add_argument("--gemm", action="store_true", help="that alone: seconds, not minutes")
     given = parser.parse_args(arguments)
     products = Products(given.threads)
-    torch.set_num_threads(max(min(given.threads, cores() - 1), 1))  # as compute's loop does
+    torch.set_num_threads(1)  # as compute's loop does
     torch.manual_seed(0)
     with torch.inference_mode():
-        found = {
-            "threads": given.threads,
-            "decode": {dtype: decode(dtype, products) for dtype in DTYPE_BYTES},
-            "block": {dtype: block(dtype, products) for dtype in DTYPE_BYTES},
-            "block_rows": BLOCK_ROWS,
-        }
+        found: dict[str, Any] = {"threads": given.threads, "gemm": gemm(given.threads)}
+        if not given.gemm:
+            found["decode"] = {dtype: decode(dtype, products) for dtype in DTYPE_BYTES}
+            found["block"] = {dtype: block(dtype, products) for dtype in DTYPE_BYTES}
+            found["block_rows"] = BLOCK_ROWS
     print(json.dumps(found))
     return 0
 

@@ -42,7 +42,7 @@ class LayerWaits:
     def count(self, part: Resident) -> None:
         """Counts a part that has come."""
         neurons = len(part.ids) // 4
-        if part.part == 0:
+        if part.cached:
             self.hits += neurons - part.extra
             self.prefetched += part.prefetched
             self.extra += part.extra

@@ -120,11 +120,14 @@ class Gateway:
                 self._service.count("bad_messages")
         for message in self._answers.receive():
             now = time.monotonic()
-            if isinstance(message, messages.Token):
-                self._do(self._requests.token(message, now))
-                self._trace_delivery(message.request, now)
-            else:
-                self._do(self._requests.done(message, now))
+            match message:
+                case messages.Token():
+                    self._do(self._requests.token(message, now))
+                    self._trace_delivery(message.request, now)
+                case messages.Prefilling():
+                    self._do(self._requests.prefilling(message, now))
+                case messages.Done():
+                    self._do(self._requests.done(message, now))
 
     def _trace_delivery(self, number: int, began: float) -> None:
         request = self._requests.running

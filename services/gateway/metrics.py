@@ -73,6 +73,8 @@ class Metrics(Collector):
         tokens.add_metric(["prompt"], stats["prompt_tokens"])
         tokens.add_metric(["new"], stats["new_tokens"])
         yield tokens
+        reused = stats["reused_tokens"]
+        yield _counter("inflash_reused_tokens", "Of prompts, not computed again.", reused)
         seconds = CounterMetricFamily(
             "inflash_decode_seconds", "Where the time of tokens went.", labels=["cause"]
         )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import MutableMapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from common import messages
@@ -27,6 +27,9 @@ from services.gateway.prompts import Prompts
 from services.gateway.refusal import Refusal
 from services.gateway.text import AnswerText
 from services.gateway.totals import Totals
+
+_ZEROS: dict[str, Any] = {f.name: 0.0 if f.type == "float" else 0 for f in fields(wire.Stats)}
+_NOTHING = wire.Stats(**_ZEROS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +183,18 @@ class Requests:
             Noted("started", _names(request) | {"queue_s": queue_s}),
             *self._traced("queue", request, now, request.prompt_tokens),
         ]
+
+    def prefilling(self, message: messages.Prefilling, now: float) -> list[Decision]:
+        """Compute is so far with the prompt."""
+        request = self.running
+        if request is None or request.number != message.request:
+            self._count("bad_messages")  # no Abort: one that it does not know it gets for a token
+            return []
+        if request.over or request.closing:
+            return []
+        request.said = now
+        told = asdict(message) | {"request": request.client_number}
+        return [ToClient(request.client, wire.Prefilling(**told))]
 
     def token(self, message: messages.Token, now: float) -> list[Decision]:
         """Compute made a token."""
@@ -359,31 +374,13 @@ class Requests:
         """The figures that the gateway knows; the others are compute's."""
         started = now if request.started is None else request.started
         first = request.first_token
-        return wire.Stats(
+        return replace(
+            _NOTHING,
             prompt_tokens=request.prompt_tokens,
             new_tokens=request.new_tokens,
             queue_s=round(started - request.arrived, 6),
             time_to_first_token_s=0.0 if first is None else round(first - request.arrived, 6),
             decode_s=0.0 if first is None else round(now - first, 6),
-            bytes_read=0,
-            reads=0,
-            hits=0,
-            misses=0,
-            stall_s=0.0,
-            decode_bytes_read=0,
-            decode_hits=0,
-            decode_misses=0,
-            decode_fired=0,
-            decode_late_fired=0,
-            decode_prefetched=0,
-            decode_wasted_bytes=0,
-            decode_read_s=0.0,
-            decode_stall_s=0.0,
-            decode_flash_stall_s=0.0,
-            decode_predictor_stall_s=0.0,
-            decode_queue_stall_s=0.0,
-            compute_s=0.0,
-            decode_compute_s=0.0,
         )
 
     def _count(self, name: str, by: int = 1) -> None:

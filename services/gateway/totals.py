@@ -59,6 +59,8 @@ class Totals:
         later = self.token.count
         return {
             "requests": self.requests,
+            "prompt_tokens": sums.prompt_tokens,
+            "reused_tokens": sums.reused_tokens,
             "new_tokens": sums.new_tokens,
             "tokens_per_s": later / sums.decode_s if sums.decode_s else 0.0,
             "bytes_read": sums.bytes_read,

@@ -60,7 +60,9 @@ class PredictorLoop:
             self._send(message, message.layer, False, ids)
             self._trace("predict", message, message.layer, began_ns, len(x), len(ids))
             ahead_ns = time.monotonic_ns()
-        if self._looks_ahead and len(x) == 1 and not message.whole:
+        if self._looks_ahead and message.whole and message.layer + 1 < self._geometry.layers:
+            self._send(message, message.layer + 1, True, self._whole_layer)
+        elif self._looks_ahead and len(x) == 1:
             # Of a block of tokens only the last has a token before it whose layers are known.
             ahead = self._predictor.look_ahead(message.layer, x[0])
             if ahead is not None:

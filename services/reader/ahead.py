@@ -88,6 +88,8 @@ class Lookahead:
         is worth it with a drive that is busy for the share `busy` of the time."""
         ahead = self._aheads[fetch.step, fetch.layer] = Ahead(fetch, ids, ids)
         self._protect(ahead)
+        if self._is_whole(ahead):
+            return
         worth = ids[: self._useful.worth(fetch.layer, len(ids), busy)]
         ahead.todo = ahead.todo[among(ahead.todo, worth, self._neurons)]
 
@@ -187,8 +189,12 @@ class Lookahead:
         else:
             ahead.protected.append(slots)
 
+    def _is_whole(self, ahead: Ahead) -> bool:
+        """Whether it is of a whole layer: of that there is nothing to learn, it will be needed."""
+        return len(ahead.named) == self._neurons
+
     def _learn(self, ahead: Ahead, demanded: Ids) -> None:
-        if len(read := ahead.read):
+        if len(read := ahead.read) and not self._is_whole(ahead):
             place = np.zeros(self._neurons, np.int64)
             place[ahead.named] = np.arange(len(ahead.named))
             used = among(read, demanded, self._neurons)

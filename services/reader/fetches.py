@@ -9,15 +9,16 @@ Pure: messages in, messages and groups of reads out; no socket, clock or file. O
                         └──────── no slot to be had: the rest waits ◀───────────────────┘
 
 So a layer streams through whatever slots it has. A group is at most half of them, so that the next
-lands while one is multiplied. Demands go before prefetches: nothing is read ahead while a demand
-has anything left to read, and a demand that nobody's release can help takes the slots that
+lands while one is multiplied; and where a whole layer is asked for, its hits go in several parts,
+so that the first slots come back soon. Demands go before prefetches: nothing is read ahead while a
+demand has anything left to read, and a demand that nobody's release can help takes the slots that
 prefetches protect.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
 
@@ -31,48 +32,16 @@ from common.limits import (
 )
 from common.messages import Fetch, Resident, Unreadable
 from common.plan import SLOTS_MIN
-from common.policy import Policy, Slots
+from common.policy import Policy
 from common.store.geometry import Geometry
 from services.reader.ahead import Ahead, Lookahead
 from services.reader.cache import Ids, Pool, Resize, among, make_pools, resize
 from services.reader.groups import Group, Groups
+from services.reader.progress import NOTHING, Brought, Progress
 
 
 class BadFetchError(ValueError):
     """A Fetch that makes no sense; the text says why."""
-
-
-@dataclass
-class Progress:
-    """How far one demand is."""
-
-    fetch: Fetch
-    taken_ns: int
-    todo: Ids  # ascending; neither sent nor in a group
-    left: int  # neurons not sent, part 0 apart
-    group_size: int  # neurons of one group, at most
-    in_flight: int = 0  # groups
-    next_part: int = 0
-    parts: dict[int, Slots] = field(default_factory=dict)  # sent and not released
-    over: bool = False  # dropped or failed: nothing more is sent
-
-    @property
-    def done(self) -> bool:
-        return not self.parts and (self.over or self.left == 0)
-
-
-@dataclass(frozen=True)
-class Brought:
-    """What part 0 tells beside its neurons."""
-
-    prefetched: int = 0
-    extra: int = 0
-    reads: int = 0
-    bytes_read: int = 0
-    wasted_bytes: int = 0
-
-
-NOTHING = Brought()
 
 
 class Fetches:
@@ -94,6 +63,7 @@ class Fetches:
         self.hits = self.misses = 0
         self.unknown_releases = self.late_fetches = self.late_prefetches = 0
         self._geometry = geometry
+        self._bundles_max = max(1, PART_BYTES_MAX // geometry.stride_bytes)  # of a streamed part
         self._extras = extras
         self._now = 0
         self._newest = -1  # the step that began last
@@ -129,7 +99,7 @@ class Fetches:
             self.late_fetches += 1
             return []
         self._begin(fetch, fetch.layer)
-        return [self._answer(fetch, ids, now_ns)]
+        return self._answer(fetch, ids, now_ns)
 
     def groups(self, now_ns: int) -> Iterator[Group | Resident]:
         """What can go on now: groups to read, and parts that another fetch has brought by now."""
@@ -156,7 +126,7 @@ class Fetches:
             pool.unpin(group.slots)
             return []
         brought = Brought(reads=len(group.reads), bytes_read=group.bytes_read)
-        return [self._part(progress, group.ids, group.slots, brought, now_ns)]
+        return [progress.part(group.ids, group.slots, brought, now_ns)]
 
     def fail(self, tag: int, bad: Ids, reason: str) -> list[Unreadable]:
         """A group's reads are over, but what came of its neurons `bad` is wrong."""
@@ -240,7 +210,7 @@ class Fetches:
         self._steps[fetch.step] = max(self._steps[fetch.step], demanded)
         self.pools[fetch.layer].expire(self._now)
 
-    def _answer(self, fetch: Fetch, ids: Ids, now_ns: int) -> Resident:
+    def _answer(self, fetch: Fetch, ids: Ids, now_ns: int) -> list[Resident]:
         """Part 0 of a new demand: its hits, and what look-ahead brought for it."""
         layer, stride = fetch.layer, self._geometry.stride_bytes
         pool = self.pools[layer]
@@ -251,23 +221,33 @@ class Fetches:
         # Only now that the hits are pinned, what look-ahead protected may go.
         ahead = self.ahead.pass_by(fetch.step, layer, ids)
         extra = self._extra(layer, ids, len(todo), ahead)
-        progress = Progress(fetch, now_ns, todo, len(todo), self._group_size(len(todo)))
-        self._fetches[fetch.step, layer] = progress
-        self.hits += len(hits)
+        self.hits += (named := len(hits))
         self.misses += len(todo)
-        brought = Brought(extra=len(extra))
-        if ahead and len(read := ahead.read):
-            brought = Brought(
-                prefetched=int(np.count_nonzero(among(hits, read, self._geometry.neurons))),
-                extra=len(extra),
-                reads=sum(len(group.reads) for group in ahead.groups),
-                bytes_read=len(read) * stride,
-                wasted_bytes=ahead.wasted * stride,
-            )
         if len(extra):
             hits = np.concatenate([hits, extra])
             slots = np.concatenate([slots, pool.pin(layer, extra)])
-        return self._part(progress, hits, slots, brought, now_ns)
+        # Of a whole layer the first slots should come back soon: the misses stream through them.
+        streams = len(todo) and len(ids) == self._geometry.neurons
+        size = self._bundles_max if streams else max(len(hits), 1)
+        left = len(todo) + max(len(hits) - size, 0)
+        progress = Progress(fetch, now_ns, todo, left, self._group_size(len(todo)))
+        self._fetches[fetch.step, layer] = progress
+        read = ahead.read if ahead else ids[:0]
+        answers = []
+        for first in range(0, max(len(hits), 1), size):
+            some = slice(first, first + size)
+            used = among(hits[first : min(first + size, named)], read, self._geometry.neurons)
+            prefetched = int(np.count_nonzero(used))
+            brought = Brought(True, prefetched, extra=0 if first else len(extra))
+            if ahead and not first:
+                brought = replace(
+                    brought,
+                    reads=sum(len(group.reads) for group in ahead.groups),
+                    bytes_read=len(read) * stride,
+                    wasted_bytes=ahead.wasted * stride,
+                )
+            answers.append(progress.part(hits[some], slots[some], brought, now_ns))
+        return answers
 
     def _extra(self, layer: int, ids: Ids, misses: int, ahead: Ahead | None) -> Ids:
         """Resident neurons to compute though the demand `ids` does not name them: they cost no
@@ -287,7 +267,7 @@ class Fetches:
     def _group_size(self, misses: int) -> int:
         """Few enough parts to be worth their messages, enough of them to multiply meanwhile."""
         size = max(-(-misses // PARTS_IN_FLIGHT_MAX), PART_BUNDLES_MIN)
-        return max(1, min(size, PART_BYTES_MAX // self._geometry.stride_bytes))
+        return min(size, self._bundles_max)
 
     def _hits(self, progress: Progress, now_ns: int) -> list[Resident]:
         """Sends what is resident of what is to do, if anything is."""
@@ -299,7 +279,7 @@ class Fetches:
         ids = progress.todo[resident]
         progress.todo = progress.todo[~resident]
         pool.use(layer, ids, self._now)
-        return [self._part(progress, ids, pool.pin(layer, ids), NOTHING, now_ns)]
+        return [progress.part(ids, pool.pin(layer, ids), NOTHING, now_ns)]
 
     def _next_groups(self, progress: Progress) -> list[Group]:
         """The next misses of a demand with slots for them; none if there is nothing to be had now:
@@ -345,34 +325,6 @@ class Fetches:
         return any(
             progress.fetch.layer in pool.layers and any(map(len, progress.parts.values()))
             for progress in self._fetches.values()
-        )
-
-    def _part(
-        self, progress: Progress, ids: Ids, slots: Slots, brought: Brought, now_ns: int
-    ) -> Resident:
-        part = progress.next_part
-        progress.next_part += 1
-        if part > 0:
-            progress.left -= len(ids)
-        progress.parts[part] = slots
-        fetch = progress.fetch
-        return Resident(
-            request=fetch.request,
-            step=fetch.step,
-            layer=fetch.layer,
-            part=part,
-            left=progress.left,
-            prefetched=brought.prefetched,
-            extra=brought.extra,
-            reads=brought.reads,
-            bytes_read=brought.bytes_read,
-            wasted_bytes=brought.wasted_bytes,
-            read_ns=0,  # the loop's to say: it has the clock
-            named_ns=fetch.named_ns,
-            taken_ns=progress.taken_ns,
-            landed_ns=now_ns,
-            ids=ids.astype("<i4", copy=False).tobytes(),
-            slots=slots.astype("<i4", copy=False).tobytes(),
         )
 
     def _end(self, progress: Progress) -> None:

@@ -40,6 +40,7 @@ SEEDS: dict[str, list[Any]] = {
     ],
     "control": [messages.Admit(7, Sampling(max_new_tokens=4), False, IDS), messages.Abort(7)],
     "answers": [
+        messages.Prefilling(7, 0, 9, 9, 1, 2, 0.5),
         messages.Token(7, 1, 5, -1.0, b""),
         messages.Done(7, "length", "", "", STATS),
     ],
@@ -49,7 +50,7 @@ SEEDS: dict[str, list[Any]] = {
     ],
     "fetch": [messages.Fetch(7, 1, 0, False, 1, IDS), messages.Fetch(7, 1, 1, True, 1, IDS)],
     "resident": [
-        messages.Resident(7, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, IDS, IDS),
+        messages.Resident(7, 1, 0, 0, 0, True, 0, 0, 0, 0, 0, 0, 1, 1, 1, IDS, IDS),
         messages.Unreadable(7, 1, 0, "made up"),
         messages.Cache("/dev/null", 10, 4096),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from common.launch import CHECKOUT
 from inflash import _checkout
 from inflash._chat import Conversation
 from inflash._errors import InflashError
+from inflash._progress import SHOW_AFTER_S
 from tests.conftest import Made
 from tests.played import PATIENCE_S, Served, serving_played
 
@@ -243,3 +245,48 @@ def test_a_conversation_with_a_template_is_turns() -> None:
     assert conversation.stops == ("x",)
     conversation.take_back()
     assert len(conversation.turns) == 1
+
+
+def test_a_terminal_sees_how_far_a_long_prompt_is(served: Served) -> None:
+    def play() -> None:
+        request = served.peers.expect(messages.Admit).request
+        for layers_done in range(1, 8):
+            told = messages.Prefilling(request, 512, 1024, 512, layers_done, 8, 75.0)
+            served.peers.answers.send(told)
+            time.sleep(SHOW_AFTER_S / 4)
+        served.peers.token(request, 36)
+        served.peers.done(request, "length", "")
+
+    player = threading.Thread(target=play)
+    player.start()
+    ours, theirs = pty.openpty()
+    terminal = {"COLUMNS": "100", "TERM": "xterm"}
+    command = subprocess.Popen(
+        [*INFLASH, "generate", "-", "-n", "1"],
+        env=os.environ | {"INFLASH_RUN_DIR": str(served.run_dir)} | terminal, cwd=CHECKOUT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=theirs,
+    )  # fmt: skip
+    out, _ = command.communicate(b"def ", timeout=PATIENCE_S)
+    player.join()
+    os.close(theirs)
+    seen = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert command.returncode == 0
+    assert len(out.decode().rstrip("\n")) == 1, "the text alone"
+    assert "512 of 1,024 tokens, layer 7 of 8, 1 min 15 s left" in seen
+
+
+def test_a_pipe_sees_nothing_of_it(served: Served) -> None:
+    def play() -> None:
+        request = served.peers.expect(messages.Admit).request
+        time.sleep(1.1 * SHOW_AFTER_S)
+        served.peers.answers.send(messages.Prefilling(request, 0, 9, 9, 1, 8, 75.0))
+        served.peers.token(request, 36)
+        served.peers.done(request, "length", "")
+
+    player = threading.Thread(target=play)
+    player.start()
+    status, _, err = run(served.run_dir, "generate", "-", "-n", "1", typed="def ")
+    player.join()
+    assert status == 0
+    assert "layer" not in err

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from common.kernels import BITS, add_at, dot_at, mix, row_starts, score, widen_at
-from services.compute.products import SHARED_BYTES_MIN, Products, bits_of
+from services.compute.products import (
+    CHUNK_ROWS,
+    CHUNK_WIDTH,
+    SHARED_BYTES_MIN,
+    Products,
+    bits_of,
+)
 
 DTYPES = ["float16", "bfloat16", "float32"]
 
@@ -85,6 +91,26 @@ def test_threads_share_a_product(threads: int) -> None:
     assert torch.allclose(found, wide @ x, rtol=1e-4, atol=1e-3)
     products.add(bits_of(values), starts, weights, out)
     assert torch.allclose(out, weights @ wide, rtol=1e-4, atol=1e-2)
-    widened = torch.empty(rows, width)
-    products.widen(bits_of(values), starts, widened)
-    assert torch.equal(widened, wide)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_share_a_block_of_tokens(dtype: str, threads: int) -> None:
+    rows, width, tokens = 2 * CHUNK_ROWS + 5, CHUNK_WIDTH + 7, 19
+    values, wide = matrix(dtype, rows, width)
+    products, starts = Products(threads), row_starts(rows, width)[::-1].copy()
+    with torch.inference_mode():  # as compute runs: its threads have to be in it, too
+        x, weights = torch.randn(tokens, width), torch.randn(tokens, rows)
+        out = torch.ones(tokens, width)
+        found = products.dot_block(bits_of(values), starts, x)
+        products.add_block(bits_of(values), starts, weights, out)
+    torch.testing.assert_close(found, x @ wide.flip(0).T, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(out, 1 + weights @ wide.flip(0), rtol=1e-4, atol=1e-3)
+
+
+def test_what_fails_in_a_thread_fails_the_product() -> None:
+    def fail(first: int, end: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Products(2).share(8, 1, fail)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from common import lowrank
 from common.config import Settings
 from common.errors import SettingError
+from common.limits import PREFILL_ROWS_MIN
 from common.lowrank import REPORT
 from common.plan import Plan, make_plan, resolve_predictor
 from common.store.store import Store
@@ -188,3 +189,17 @@ def test_slots_follow_what_predictors_name(store_of: Any, tmp_path: Path) -> Non
     assert shared.memory_bytes == equal.memory_bytes
     (store.path / REPORT).write_text(json.dumps(report | {"store": "another"}))
     assert make_plan(settings(store, cache="50%"), store).slots == equal.slots
+
+
+def test_a_block_of_a_prompt_is_smaller_where_memory_is_short(store_of: Any) -> None:
+    store = store_of("opt", "float32")
+    large = make_plan(settings(store, memory=4 * GB), store)
+    assert (large.block, large.context) == (512, 512)
+    with pytest.raises(SettingError) as refusal:
+        make_plan(settings(store, memory=GB // 10), store)
+    short = make_plan(settings(store, memory=smallest_in(refusal.value)), store)
+    assert PREFILL_ROWS_MIN <= short.block < large.block
+    assert short.workspace_bytes < large.workspace_bytes
+    given = make_plan(settings(store, memory=4 * GB, block=100), store)
+    assert given.block == 100
+    assert short.workspace_bytes < given.workspace_bytes < large.workspace_bytes

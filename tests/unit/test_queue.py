@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,17 @@ def test_a_stray_token_is_counted_and_aborted() -> None:
     assert desk.token(token(number, -1), 0.0) == []
     assert desk.token(messages.Token(number, 1, 5, -1.0, b"1234"), 0.0) == []
     assert counters["bad_messages"] == 4
+
+
+def test_how_far_a_prompt_is_goes_to_its_client() -> None:
+    desk = requests()
+    number = running(desk)
+    told = messages.Prefilling(number, 512, 2048, 512, 3, 32, 9.5)
+    assert said(desk.prefilling(told, 5.0)) == [wire.Prefilling(1, 512, 2048, 512, 3, 32, 9.5)]
+    assert said(desk.tick(5.9)) == [], "it has just been heard of"
+    assert desk.prefilling(replace(told, request=number + 1), 6.0) == [], "not one of ours"
+    desk.cancel(b"c", 1, 6.0)
+    assert desk.prefilling(told, 6.1) == [], "it crossed our Abort"
 
 
 def test_an_unknown_reason_of_compute_is_a_failure() -> None:

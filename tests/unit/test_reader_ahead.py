@@ -324,3 +324,20 @@ def test_extras_leave_the_misses_room_to_stream(extras: str, misses: int, slots:
     assert answer.extra == slots - 1
     (group,) = begun(fetches)
     assert group.ids.tolist() == [10], "before compute has released the extra"
+
+
+def test_a_whole_layer_is_read_ahead_as_far_as_there_are_slots() -> None:
+    """Its demand will name all: there is nothing to doubt, and nothing to learn."""
+    fetches = reader(slots=100)
+    for step in (1, 2, 3):  # a predictor that names what is not needed
+        prefetch(fetches, range(900, 964), step)
+        land_all(fetches)
+        demand(fetches, [], step)
+        fetches.release(step, 1, 0)
+    demand(fetches, range(NEURONS), step=4, layer=0)
+    fetches.drop(4)
+    prefetch(fetches, range(NEURONS), step=5)
+    land_all(fetches)
+    first = fetches.take(Fetch(9, 5, 1, False, 5, frame(range(NEURONS))), 0)[0]
+    assert len(ids_of(first)) == 100, "what was there, and what was read into the other slots"
+    assert (first.prefetched, first.left, first.wasted_bytes) == (36, NEURONS - 100, 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import SettingError
-from common.limits import PART_BUNDLES_MIN, PARTS_IN_FLIGHT_MAX
+from common.limits import PART_BUNDLES_MIN, PART_BYTES_MAX, PARTS_IN_FLIGHT_MAX
 from common.messages import Fetch, Resident, Unreadable
 from common.policy import Window
 from common.store.geometry import Geometry
@@ -68,7 +68,7 @@ def test_misses_only():
     assert group.slots.tolist() == [1024, 1025, 1026], "of the whole cache"
     (answer,) = fetches.land(group.tag, 200)
     assert answer == Resident(
-        request=9, step=1, layer=1, part=1, left=0, prefetched=0, extra=0, reads=2,
+        request=9, step=1, layer=1, part=1, left=0, cached=False, prefetched=0, extra=0, reads=2,
         bytes_read=3 * 16384, wasted_bytes=0, read_ns=0, named_ns=5, taken_ns=100, landed_ns=200,
         ids=answer.ids, slots=answer.slots,
     )  # fmt: skip
@@ -87,6 +87,34 @@ def test_hits_go_at_once_and_say_how_many_are_to_come():
     assert group.ids.tolist() == [4, 7]
     (last,) = fetches.land(group.tag, 300)
     assert (last.part, last.left, last.taken_ns, last.landed_ns) == (1, 0, 100, 300)
+
+
+def test_the_hits_of_a_whole_layer_are_several_parts():
+    """As soon as the first is released, the misses stream through its slots."""
+    wide = Geometry(layers=2, neurons=NEURONS, hidden=4096, gated=False, dtype="float32")
+    slots, size = NEURONS - 100, PART_BYTES_MAX // wide.stride_bytes
+    fetches = Fetches(wide, (slots, slots), Window(None), "layer", "none")
+    fill(fetches, np.arange(slots))
+    parts = fetches.take(fetch(np.arange(NEURONS), step=2), 0)
+    assert [len(ids_of(part)) for part in parts] == [size, slots - size]
+    assert [part.cached for part in parts] == [True, True]
+    assert [part.left for part in parts] == [NEURONS - size, 100]
+    assert [*ids_of(parts[0]), *ids_of(parts[1])] == list(range(slots))
+    assert begun(fetches) == [], "all slots are with compute"
+    fetches.release(2, 0, 0)
+    groups = begun(fetches)
+    assert [i for group in groups for i in group.ids.tolist()] == list(range(slots, NEURONS))
+    late = [fetches.land(group.tag, 0)[0] for group in groups]
+    assert [part.left for part in late] == [100 - PART_BUNDLES_MIN, 0]
+    assert not any(part.cached for part in late)
+    assert (fetches.hits, fetches.misses) == (slots, slots + 100)
+
+
+def test_the_hits_of_a_whole_layer_are_one_part_where_nothing_is_missing():
+    fetches = reader(NEURONS)
+    fill(fetches, np.arange(NEURONS))
+    (part,) = fetches.take(fetch(np.arange(NEURONS), step=2), 0)
+    assert (len(ids_of(part)), part.left) == (NEURONS, 0)
 
 
 def test_all_hits_read_nothing():

@@ -50,6 +50,7 @@ CLIENT_MESSAGES = st.one_of(
     st.builds(wire.Cancel, I64),
     st.builds(wire.Status, I64),
     st.builds(wire.Waiting, I64, I64),
+    st.builds(wire.Prefilling, *[I64] * 6, FLOATS),
     st.builds(wire.Token, I64, I64, TEXT, FLOATS, RAW),
     st.builds(wire.Finished, I64, TEXT, TEXT, STATS),
     st.builds(wire.Failed, I64, TEXT, TEXT, st.booleans()),
@@ -57,12 +58,13 @@ CLIENT_MESSAGES = st.one_of(
 )
 SERVICE_MESSAGES = st.one_of(
     st.builds(messages.Admit, I64, SAMPLINGS, st.booleans(), RAW),
+    st.builds(messages.Prefilling, *[I64] * 6, FLOATS),
     st.builds(messages.Token, I64, I64, I64, FLOATS, RAW),
     st.builds(messages.Done, I64, TEXT, TEXT, TEXT, STATS),
     st.builds(messages.Health, TEXT, I64, FLOATS, I64, st.dictionaries(TEXT, I64)),
     st.builds(messages.Predict, *[I64] * 3, st.booleans(), RAW),
     st.builds(messages.Fetch, *[I64] * 3, st.booleans(), I64, RAW),
-    st.builds(messages.Resident, *[I64] * 14, RAW, RAW),
+    st.builds(messages.Resident, *[I64] * 5, st.booleans(), *[I64] * 9, RAW, RAW),
 )
 CODECS = [wire.CLIENT_CODEC, *(spec.codec for spec in LINKS.values())]
 
