@@ -44,18 +44,32 @@ class FlashFFN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The FFN's output for `x` [..., hidden], in x's shape and dtype; summed in float32."""
         rows = x.reshape(-1, self.hidden)
-        wide, out = rows.float(), torch.zeros(len(rows), self.hidden)
-        for part in self.pipeline.parts(self.layer, rows):
-            if len(rows) == 1:
-                self._add_one(out[0], wide[0], part)
-            else:
-                self._add_block(out, wide, part)
+        out = self._one(rows) if len(rows) == 1 else self._block(rows)
         if "down" in self.biases:
             out += self.biases["down"]
         return out.to(x.dtype).view(x.shape)
 
+    def _one(self, rows: torch.Tensor) -> torch.Tensor:
+        wide, out = rows[0].float(), torch.zeros(self.hidden)
+        for part in self.pipeline.parts(self.layer, rows):
+            self._add_one(out, wide, part)
+        return out
+
+    def _block(self, rows: torch.Tensor) -> torch.Tensor:
+        """Tokens are columns: see products.py."""
+        wide, out = rows.float().T.contiguous(), torch.zeros(self.hidden, len(rows))
+        for part in self.pipeline.parts(self.layer, rows):
+            for first in range(0, len(part.ids), self.chunk):
+                some = slice(first, first + self.chunk)
+                self._add_block(out, wide, part.ids[some], part.slots[some])
+        return out.T.contiguous()
+
     def _bias(self, z: torch.Tensor, name: str, ids: torch.Tensor) -> torch.Tensor:
-        return z + self.biases[name][ids] if name in self.biases else z
+        """Of neurons `ids`, the first dimension of `z`."""
+        if name not in self.biases:
+            return z
+        bias = self.biases[name][ids]
+        return z.add_(bias if z.dim() == 1 else bias[:, None])
 
     def _add_one(self, out: torch.Tensor, x: torch.Tensor, part: Part) -> None:
         """Adds a part's share for one token, straight from the cache."""
@@ -71,16 +85,11 @@ class FlashFFN(nn.Module):
             h = h * self._bias(rows.dot("up", slots, x), "up", ids)
         rows.add("down", slots, h, out)
 
-    def _add_block(self, out: torch.Tensor, x: torch.Tensor, part: Part) -> None:
-        """Adds a part's share for many tokens; so many neurons at a time as the plan has room
-        for."""
-        for first in range(0, len(part.ids), self.chunk):
-            some = slice(first, first + self.chunk)
-            self._add_chunk(out, x, part.ids[some], part.slots[some])
-
-    def _add_chunk(
+    def _add_block(
         self, out: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor
     ) -> None:
+        """Adds the share of some neurons for many tokens; no more of them than the plan has room
+        for."""
         first, rows = self.first, self.pipeline.rows
         h = self.act(self._bias(rows.dot_block(first, slots, x), first, ids))
         if first == "gate":

@@ -31,7 +31,8 @@ class RowLinear(nn.Module):
         return self._products.dot(self._items, self._starts, row)
 
     def _block(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._products.dot_block(self._items, self._starts, rows)
+        made = self._products.dot_block(self._items, self._starts, rows.T.contiguous())
+        return made.T.contiguous()
 
 
 def multiply_rows(model: nn.Module, products: Products) -> None:

@@ -3,7 +3,8 @@ tokens, by torch's, both shared by threads of ours.
 
 A product is cut into blocks that the threads take one after another: where another process has
 taken a core, the thread on the other core takes more of them. No thread spins between products.
-torch itself has one thread: its own would wait for the slowest of them, and spin.
+torch itself has one thread: its own would wait for the slowest of them, and spin. A block's tokens
+are columns, [width, tokens]: so laid out its products were 5 to 10 % faster than as rows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Starts = npt.NDArray[np.int64]
 BLOCKS_PER_THREAD = 4
 SHARED_BYTES_MIN = 2 << 20  # what takes less time than 0.2 ms is not worth waking a thread for
 # Of a block of tokens' products: rows, or columns of them, that are float32 at a time in a thread.
-CHUNK_ROWS = 128
+CHUNK_ROWS = 256
 CHUNK_WIDTH = 512
 
 
@@ -59,13 +60,13 @@ class Products:
         self._share(len(sums), len(starts) * len(sums) * items.itemsize, add)
 
     def dot_block(self, items: Bits, starts: Starts, x: torch.Tensor) -> torch.Tensor:
-        """The product of each row with each token of `x` float32 [tokens, width]: float32
-        [tokens, rows]. Threads share the rows."""
-        out = torch.empty(len(x), len(starts))
+        """The product of each row with each token of `x` float32 [width, tokens]: float32
+        [rows, tokens]. Threads share the rows."""
+        out = torch.empty(len(starts), x.shape[1])
 
         def multiply(first: int, end: int) -> None:
-            rows = self._widened(items, starts[first:end], x.shape[1])
-            torch.mm(x, rows.T, out=out[:, first:end])
+            rows = self._widened(items, starts[first:end], len(x))
+            torch.mm(rows, x, out=out[first:end])
 
         self.share(len(starts), CHUNK_ROWS, multiply)
         return out
@@ -73,24 +74,25 @@ class Products:
     def add_block(
         self, items: Bits, starts: Starts, weights: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """out += for each token the rows, each times its weight: `weights` float32 [tokens, rows],
-        `out` float32 [tokens, width]. Threads share the width, so that none adds where another
+        """out += for each token the rows, each times its weight: `weights` float32 [rows, tokens],
+        `out` float32 [width, tokens]. Threads share the width, so that none adds where another
         does."""
 
         def add(first: int, end: int) -> None:
             rows = self._widened(items, starts + first, end - first)
-            out[:, first:end].addmm_(weights, rows)
+            out[first:end].addmm_(rows.T, weights)
 
-        self.share(out.shape[1], CHUNK_WIDTH, add)
+        self.share(len(out), CHUNK_WIDTH, add)
 
     def share(self, count: int, step: int, work: Callable[[int, int], None]) -> None:
-        """Does torch's `work` for all of `count` items, `step` at a time, by all threads."""
+        """Does torch's `work` for all of `count` items, at most `step` at a time, by all
+        threads."""
 
         def do(first: int, end: int) -> None:
             with torch.inference_mode():  # which is a thread's own
                 work(first, end)
 
-        self._spread(count, step, do)
+        self._spread(count, min(step, -(-count // (self._helpers + 1))), do)
 
     def _widened(self, items: Bits, starts: Starts, width: int) -> torch.Tensor:
         """Rows, or `width` numbers of each, as float32 [rows, width]; until the thread's next."""

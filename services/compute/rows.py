@@ -34,14 +34,14 @@ class CacheRows:
         self._products.add(self._items, self._starts(part, slots), weights, out)
 
     def dot_block(self, part: str, slots: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The same for each token of `x` float32 [tokens, hidden]: float32 [tokens, count]."""
+        """The same for each token of `x` float32 [hidden, tokens]: float32 [count, tokens]."""
         return self._products.dot_block(self._items, self._starts(part, slots), x)
 
     def add_block(
         self, part: str, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Adds for each token those rows, each times its weight, float32 [tokens, count], to `out`
-        float32 [tokens, hidden]."""
+        """Adds for each token those rows, each times its weight, float32 [count, tokens], to `out`
+        float32 [hidden, tokens]."""
         self._products.add_block(self._items, self._starts(part, slots), weights, out)
 
     def _starts(self, part: str, slots: torch.Tensor) -> Starts:

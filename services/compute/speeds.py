@@ -72,9 +72,10 @@ def block(dtype: str, products: Products) -> dict[str, list[float]]:
     slots = torch.arange(BLOCK_OUT)
     found: dict[str, list[float]] = {"resident": [], "ffn": []}
     for count in BLOCK_ROWS:
-        x, out = torch.randn(count, HIDDEN), torch.zeros(count, HIDDEN)
+        x = torch.randn(count, HIDDEN)
+        columns, out = x.T.contiguous(), torch.zeros(HIDDEN, count)
 
-        def ffn(x: torch.Tensor = x, out: torch.Tensor = out) -> None:
+        def ffn(x: torch.Tensor = columns, out: torch.Tensor = out) -> None:
             rows.add_block("down", slots, rows.dot_block("up", slots, x).relu(), out)
 
         seconds = _seconds(functools.partial(linear, x), BLOCK_TURNS)

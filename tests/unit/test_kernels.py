@@ -100,12 +100,12 @@ def test_threads_share_a_block_of_tokens(dtype: str, threads: int) -> None:
     values, wide = matrix(dtype, rows, width)
     products, starts = Products(threads), row_starts(rows, width)[::-1].copy()
     with torch.inference_mode():  # as compute runs: its threads have to be in it, too
-        x, weights = torch.randn(tokens, width), torch.randn(tokens, rows)
-        out = torch.ones(tokens, width)
+        x, weights = torch.randn(width, tokens), torch.randn(rows, tokens)
+        out = torch.ones(width, tokens)
         found = products.dot_block(bits_of(values), starts, x)
         products.add_block(bits_of(values), starts, weights, out)
-    torch.testing.assert_close(found, x @ wide.flip(0).T, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(out, 1 + weights @ wide.flip(0), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found, wide.flip(0) @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(out, 1 + wide.flip(0).T @ weights, rtol=1e-4, atol=1e-3)
 
 
 def test_what_fails_in_a_thread_fails_the_product() -> None:
