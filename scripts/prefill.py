@@ -1,25 +1,23 @@
 """How long a prompt takes beside what this machine allows: `python -m scripts.prefill STORE`.
 
-A server is asked for one token after --tokens of prompt, some times, each with another prompt. In
-the same run, before and after, programs of their own measure what the time cannot fall below, of
-which the larger counts; the better of what they find:
+A server is asked for one token after --tokens of prompt, some times, each with another prompt. By
+turns with it, while it is idle, programs of their own measure what the time cannot fall below, of
+which the larger counts:
 
     read_s      bytes of the FFN, once a block of tokens ÷ bytes that the drive gives in a second
     multiply_s  operations of all products with weights ÷ those of one large float32 product, a
-                second, by torch with all threads
+                second, by torch with all threads; the better of before and after the prompt
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -42,71 +40,62 @@ CLIENT_S = 600.0
 
 
 @dataclass(frozen=True)
-class Floors:
-    """What a prompt of so many tokens takes at least, seconds, and of what."""
+class Work:
+    """What a prompt takes of the machine."""
 
     ffn_bytes: int
     drive_bytes_per_s: float
     operations: float
-    operations_per_s: float
 
     @property
     def read_s(self) -> float:
         return self.ffn_bytes / self.drive_bytes_per_s
 
-    @property
-    def multiply_s(self) -> float:
-        return self.operations / self.operations_per_s
 
-    @property
-    def larger_s(self) -> float:
-        return max(self.read_s, self.multiply_s)
+@dataclass(frozen=True)
+class Timed:
+    """A prompt's time, and what the cores did beside it."""
+
+    seconds: float
+    operations_per_s: float
+    multiply_s: float
+    ratio: float  # to the larger of the floors
 
 
 @click.command()
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--tokens", default=512, show_default=True, help="Of a prompt.")
-@click.option("--prompts", default=3, show_default=True, help="How many, each another.")
+@click.option("--prompts", default=5, show_default=True, help="How many, each another.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @server_options
 def main(store: Path, tokens: int, prompts: int, as_json: bool, **options: str | None) -> None:
     """Measure prompts of STORE on this machine, and the floors of their time."""
     given = {key: value for key, value in options.items() if value is not None}
+    settings = {"store": str(store.absolute()), "context": f"{tokens + 1}"} | given
     try:
-        opened = Store.open(store)
-        settings = {"store": str(store.absolute()), "context": f"{tokens + 1}"} | given
-        passes = math.ceil(tokens / make_plan(Server(settings).settings, opened).block)
-        before = measure_floors(opened, tokens, passes)
-        seconds = ask(tokens, prompts, settings)
-        after = measure_floors(opened, tokens, passes)
+        work = work_of(Store.open(store), tokens, settings)
+        timed = ask(work, tokens, prompts, settings)
     except (UserError, InflashError) as error:
         sys.exit(f"error: {error}")
-    floors = Floors(*map(max, dataclasses.astuple(before), dataclasses.astuple(after)))
-    median = statistics.median(seconds)
-    found: dict[str, Any] = dataclasses.asdict(floors) | {
-        "tokens": tokens,
-        "read_s": floors.read_s,
-        "multiply_s": floors.multiply_s,
-        "prompts_s": seconds,
-        "ratio": median / floors.larger_s,
-    }
+    ratio = statistics.median(one.ratio for one in timed)
     if as_json:
-        print(json.dumps(found))
+        found = asdict(work) | {"tokens": tokens, "read_s": work.read_s, "ratio": ratio}
+        print(json.dumps(found | {"prompts": [asdict(one) for one in timed]}))
         return
-    print(f"reads     {floors.read_s:8.2f} s  {floors.ffn_bytes / 1e9:.2f} GB at"
-          f" {floors.drive_bytes_per_s / 1e9:.2f} GB/s")  # fmt: skip
-    print(f"products  {floors.multiply_s:8.2f} s  {floors.operations / 1e12:.3f} T at"
-          f" {floors.operations_per_s / 1e9:.1f} G/s")  # fmt: skip
-    each = ", ".join(f"{value:.2f}" for value in seconds)
-    print(f"prompt    {median:8.2f} s  {found['ratio']:.2f} × the larger (each: {each})")
+    print(f"reads     {work.read_s:6.2f} s: {work.ffn_bytes / 1e9:.2f} GB at"
+          f" {work.drive_bytes_per_s / 1e9:.2f} GB/s")  # fmt: skip
+    for one in timed:
+        print(f"products  {one.multiply_s:6.2f} s: {work.operations / 1e12:.3f} T at"
+              f" {one.operations_per_s / 1e9:.1f} G/s; the prompt {one.seconds:.2f} s,"
+              f" {one.ratio:.2f} × the larger")  # fmt: skip
+    print(f"median    {ratio:6.2f} ×")
 
 
-def measure_floors(store: Store, tokens: int, passes: int) -> Floors:
-    """The floors of a prompt on this machine, which goes through the model in so many blocks."""
+def work_of(store: Store, tokens: int, settings: dict[str, str]) -> Work:
+    """What a prompt reads and multiplies, and how fast the drive is."""
     geometry = store.geometry
     bundles = max(min(READ_BYTES_MAX // geometry.stride_bytes, geometry.neurons), 1)
     drive = measure_drive(store.path, "--bundles", f"{bundles}")
-    products = measure_products("--gemm")
     sizes = {
         name: tensor.nbytes
         for path in store.resident_paths()
@@ -115,16 +104,13 @@ def measure_floors(store: Store, tokens: int, passes: int) -> Floors:
     head = max(sizes.values())  # the embedding's, or the head's: of a prompt one row is multiplied
     weights = (multiplied_bytes(sizes) - head) // geometry.item_bytes
     weights += geometry.layers * geometry.neurons * len(geometry.parts) * geometry.hidden
-    return Floors(
-        ffn_bytes=passes * geometry.ffn_bytes,
-        drive_bytes_per_s=drive_bytes_per_s(drive["points"], READ_BYTES_MAX),
-        operations=2.0 * weights * tokens,
-        operations_per_s=products["gemm"],
-    )
+    blocks = math.ceil(tokens / make_plan(Server(settings).settings, store).block)
+    speed = drive_bytes_per_s(drive["points"], READ_BYTES_MAX)
+    return Work(blocks * geometry.ffn_bytes, speed, 2.0 * weights * tokens)
 
 
-def ask(tokens: int, prompts: int, settings: dict[str, str]) -> list[float]:
-    """Seconds to the first token of each prompt; one goes before them, uncounted."""
+def ask(work: Work, tokens: int, prompts: int, settings: dict[str, str]) -> list[Timed]:
+    """Each prompt, timed; one goes before them, uncounted."""
     found = []
     with (
         tempfile.TemporaryDirectory(prefix="inflash-") as folder,
@@ -133,12 +119,24 @@ def ask(tokens: int, prompts: int, settings: dict[str, str]) -> list[float]:
     ):
         vocabulary = client.status()["model"]["vocabulary"]
         rows = np.random.default_rng(SEED).integers(3, vocabulary, (prompts + 1, tokens))
-        for row in rows.tolist():
-            answer = client.generate(row, max_new_tokens=1)
-            list(answer)
-            assert answer.stats is not None
-            found.append(answer.stats.time_to_first_token_s)
-    return found[1:]
+        first_token_s(client, rows[0].tolist())
+        before = measure_products("--gemm")["gemm"]
+        for row in rows[1:].tolist():
+            seconds = first_token_s(client, row)
+            after = measure_products("--gemm")["gemm"]
+            multiply_s = work.operations / max(before, after)
+            ratio = seconds / max(multiply_s, work.read_s)
+            found.append(Timed(seconds, max(before, after), multiply_s, ratio))
+            before = after
+    return found
+
+
+def first_token_s(client: Client, prompt: list[int]) -> float:
+    """Seconds to the first token of an answer."""
+    answer = client.generate(prompt, max_new_tokens=1)
+    list(answer)
+    assert answer.stats is not None
+    return answer.stats.time_to_first_token_s
 
 
 if __name__ == "__main__":
