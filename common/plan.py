@@ -208,7 +208,7 @@ def _workspace_bytes(geometry: Geometry, config: Mapping[str, Any], context: int
     rows = min(PREFILL_ROWS_MAX, context)
     part = min(max(PART_BYTES_MAX // geometry.stride_bytes, 1), geometry.neurons)
     # One part of the bundles at a time, gathered and as float32; then its products with all rows.
-    ffn = part * (geometry.hidden * (geometry.item_bytes + 4) + 3 * rows * 4)
+    ffn = part * (geometry.row_bytes + geometry.hidden * 4 + 3 * rows * 4)
     stream = STREAM_COPIES * rows * geometry.hidden * 4
     width = config["num_attention_heads"] * _head_width(config)
     # Queries and output, keys and values as float32, and the mask, as bytes and as float32.

@@ -17,6 +17,7 @@ from common.kernels import compile_for
 from common.lifecycle import Service
 from common.limits import POLL_S, QUEUE_MAX
 from common.messages import Abort, Admit, Done, Token
+from common.packed import compile_packed
 from common.plan import make_plan
 from common.spans import NO_LAYER
 from common.store.store import Store, read_end_ids
@@ -49,6 +50,8 @@ class ComputeLoop:
         self._answers = service.send_to("answers")
         plan = make_plan(service.settings, store)
         compile_for(store.geometry.dtype, store.geometry.compute_dtype)
+        if store.geometry.packed or service.settings.resident != "float":
+            compile_packed()
         self._pipeline = Pipeline(service, store.geometry, sum(plan.slots), products)
         self._context = plan.context
         store.check_digests()

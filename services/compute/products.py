@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.kernels import BITS, add_at, dot_at, widen_at
+from common.kernels import BITS
+from common.packed import add_rows, dot_rows, scales_of, widen_rows
+from common.store.geometry import GROUP
 
 Bits = npt.NDArray[Any]
 Starts = npt.NDArray[np.int64]
@@ -36,7 +38,7 @@ class Products:
         vector = x.numpy()
 
         def multiply(first: int, end: int) -> None:
-            dot_at(items, starts[first:end], vector, out[first:end])
+            dot_rows(items, starts[first:end], vector, out[first:end])
 
         self._share(len(starts), len(starts) * len(vector) * items.itemsize, multiply)
         return torch.from_numpy(out)
@@ -45,9 +47,11 @@ class Products:
         """out += the rows, each times its weight: `weights` float32 [rows], `out` float32
         [width]. Threads share the width, so that none adds where another does."""
         sums, scale = out.numpy(), weights.numpy()
+        if items.dtype == np.int8:
+            scale = scale * scales_of(items, starts)
 
         def add(first: int, end: int) -> None:
-            add_at(items, starts + first, scale, sums[first:end])
+            add_rows(items, starts, scale, len(sums), first, sums[first:end])
 
         self._share(len(sums), len(starts) * len(sums) * items.itemsize, add)
 
@@ -56,7 +60,7 @@ class Products:
         rows = out.numpy()
 
         def widen(first: int, end: int) -> None:
-            widen_at(items, starts[first:end], rows[first:end])
+            widen_rows(items, starts[first:end], rows[first:end])
 
         self._share(len(starts), len(starts) * rows.shape[1] * items.itemsize, widen)
 
@@ -66,7 +70,7 @@ class Products:
             work(0, count)
             return
         step = -(-count // (BLOCKS_PER_THREAD * (self._helpers + 1)))
-        step = -(-step // 16) * 16  # whole cache lines of float32
+        step = -(-step // GROUP) * GROUP  # whole groups, and whole cache lines of float32
         blocks = iter(range(0, count, step))
         others = [self._pool.submit(_take, blocks, step, count, work) for _ in range(self._helpers)]
         _take(blocks, step, count, work)
