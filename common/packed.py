@@ -283,6 +283,15 @@ def widen_rows(items: Bits, starts: Starts, out: Floats) -> None:
         out *= scales_of(items, starts)[:, None]
 
 
+def packed(rows: Floats, number_format: str) -> npt.NDArray[np.uint8]:
+    """uint8 [count, row_bytes] of finite float32 [count, width]."""
+    size = row_bytes(number_format, rows.shape[1])
+    raw = np.zeros((len(rows), size), np.uint8)
+    items = raw.reshape(-1).view(BITS[number_format])
+    pack_rows(rows, items, np.arange(len(rows), dtype=np.int64) * size)
+    return raw
+
+
 def unpacked(raw: npt.NDArray[np.uint8], number_format: str, width: int) -> Floats:
     """float32 [count, width] of packed rows, uint8 [count, row_bytes] with contiguous rows."""
     items = np.ascontiguousarray(raw).reshape(-1).view(BITS[number_format])

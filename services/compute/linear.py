@@ -1,29 +1,47 @@
 """The model's own linear modules, for steps of one token: products of resident rows with a vector.
 
+Rows are as the model has them, or packed (common/packed.py) as they are read from the store, so
+that float and packed rows never lie in memory together.
+
 A block of tokens is torch's to multiply, in float32: on a CPU its products of half-precision
 matrices run at a small part of that speed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import nn
 
-from common.kernels import row_starts
-from services.compute.products import Products, bits_of
+from common.kernels import BITS, row_starts
+from common.store.geometry import DTYPE_BYTES, row_bytes
+from common.store.store import forget_pages
+from common.store.tensors import Tensor, read_exactly, to_float32
+from services.compute.products import Bits, Products, Starts, bits_of
 
 CHUNK_ROWS = 512  # of a matrix that are float32 at a time
 
 
-class RowLinear(nn.Module):
-    """`linear` with its own parameters, computed in float32."""
+@dataclass(frozen=True)
+class Rows:
+    """A matrix: its rows begin at `starts` of `items`, which names their number format."""
 
-    def __init__(self, linear: nn.Linear, products: Products):
+    items: Bits
+    starts: Starts
+
+
+class RowLinear(nn.Module):
+    """A linear module over `rows`, computed in float32."""
+
+    def __init__(self, rows: Rows, bias: torch.Tensor | None, products: Products):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.rows = rows
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._products = products
-        self._items = bits_of(self.weight)
-        self._starts = row_starts(*self.weight.shape)
+        self._items, self._starts = rows.items, rows.starts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., outputs] of `x` [..., inputs]."""
@@ -47,8 +65,33 @@ class RowLinear(nn.Module):
         return out
 
 
-def multiply_rows(model: nn.Module, products: Products) -> None:
-    """Puts a RowLinear in the place of every linear module; parameters stay the same objects."""
+def rows_of(weight: torch.Tensor) -> Rows:
+    """The rows of a contiguous matrix [rows, width], not copied."""
+    return Rows(bits_of(weight), row_starts(*weight.shape))
+
+
+def pack(tensor: Tensor, number_format: str, products: Products) -> Rows:
+    """A matrix of the store, packed while it is read."""
+    count, width = tensor.shape
+    size, source = row_bytes(number_format, width), DTYPE_BYTES[tensor.dtype] * width
+    items = np.zeros(count * size, np.uint8).view(BITS[number_format])
+    starts = row_starts(count, size)
+    raw = np.empty((min(CHUNK_ROWS, count), source), np.uint8)
+    with tensor.path.open("rb", buffering=0) as file:
+        for first in range(0, count, CHUNK_ROWS):
+            some = raw[: min(CHUNK_ROWS, count - first)]
+            offset = tensor.offset + first * source
+            read_exactly(file.fileno(), some.data.cast("B"), offset, tensor.path)
+            wide = to_float32(some, tensor.dtype)
+            products.pack(wide, items, starts[first : first + len(some)])
+        forget_pages(file.fileno())
+    return Rows(items, starts)
+
+
+def multiply_rows(model: nn.Module, products: Products, packed: Mapping[str, Rows]) -> None:
+    """Puts a RowLinear in the place of every linear module, over its rows in `packed`, by its
+    weight's name, or else over its own weight."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
-            model.set_submodule(name, RowLinear(module, products))
+            rows = packed.get(f"{name}.weight") or rows_of(module.weight)
+            model.set_submodule(name, RowLinear(rows, module.bias, products))

@@ -55,7 +55,7 @@ class ComputeLoop:
         self._pipeline = Pipeline(service, store.geometry, sum(plan.slots), products)
         self._context = plan.context
         store.check_digests()
-        self._model = load_model(store, self._pipeline, products)
+        self._model = load_model(store, self._pipeline, products, service.settings.resident)
         self._vocabulary = int(self._model.config.vocab_size)
         self._kv = make_kv_cache(store.geometry.layers, self._context)
         self._end_ids = read_end_ids(store.config_dir)

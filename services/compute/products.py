@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from common.kernels import BITS
-from common.packed import add_rows, dot_rows, scales_of, widen_rows
+from common.packed import add_rows, dot_rows, pack_rows, scales_of, widen_rows
 from common.store.geometry import GROUP
 
 Bits = npt.NDArray[Any]
@@ -63,6 +63,14 @@ class Products:
             widen_rows(items, starts[first:end], rows[first:end])
 
         self._share(len(starts), len(starts) * rows.shape[1] * items.itemsize, widen)
+
+    def pack(self, rows: npt.NDArray[np.float32], items: Bits, starts: Starts) -> None:
+        """Packs `rows` float32 [rows, width] into `items`: row i begins at starts[i]."""
+
+        def pack(first: int, end: int) -> None:
+            pack_rows(rows[first:end], items, starts[first:end])
+
+        self._share(len(rows), rows.nbytes, pack)
 
     def _share(self, count: int, size_bytes: int, work: Callable[[int, int], None]) -> None:
         """Does `work` for all of `count` items, in blocks, by all threads."""
