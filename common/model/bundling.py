@@ -59,6 +59,9 @@ class Loss:
     squared_error: float
     squared: float
 
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(self.squared_error + other.squared_error, self.squared + other.squared)
+
     @property
     def relative(self) -> float:
         """Root mean square of the error by that of the numbers."""

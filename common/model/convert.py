@@ -257,7 +257,7 @@ def _errors(losses: Mapping[int, Loss]) -> tuple[float | None, float | None, int
     if not losses:
         return None, None, None
     worst = max(losses, key=lambda layer: losses[layer].relative)
-    every = Loss(*(sum(each) for each in zip(*map(dataclasses.astuple, losses.values()))))
+    every = sum(losses.values(), start=Loss(0.0, 0.0))
     return every.relative, losses[worst].relative, worst
 
 

@@ -6,6 +6,7 @@ cancelled request ends within a layer.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -25,6 +26,7 @@ from common.system import cores
 from services.compute.failures import StepAbortedError, StepFailedError
 from services.compute.generation import Generation
 from services.compute.kv import make_kv_cache
+from services.compute.linear import choose_int8
 from services.compute.model import load_model
 from services.compute.pipeline import Pipeline
 from services.compute.products import Products
@@ -56,6 +58,8 @@ class ComputeLoop:
         self._context = plan.context
         store.check_digests()
         self._model = load_model(store, self._pipeline, products, service.settings.resident)
+        if probe := choose_int8(self._model):
+            service.log.info("int8 products", way=probe.way, **dataclasses.asdict(probe))
         self._vocabulary = int(self._model.config.vocab_size)
         self._kv = make_kv_cache(store.geometry.layers, self._context)
         self._end_ids = read_end_ids(store.config_dir)
