@@ -45,6 +45,7 @@ class Settings:
     run_dir: Path = dataclasses.field(default_factory=default_run_dir)
     memory: int | None = None  # bytes for everything; None: half of the machine's
     cache: str | None = None  # "25%" of the bundles, or a size; None: what memory leaves
+    resident: str = "float"  # of attention and head in memory: float, as in the store; int8; int4
     predictor: str = "auto"  # all, exact, lowrank; auto: lowrank where the store has it
     policy: str = "auto"  # of the cache (common/policy.py): decay, or window; auto: decay unless
     # a window is given
@@ -151,6 +152,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "run_dir": _path,
     "memory": parse_size,
     "cache": _cache,
+    "resident": _one_of("float", "int8", "int4"),
     "predictor": _one_of("auto", "all", "exact", "lowrank"),
     "policy": _one_of("auto", "window", "decay"),
     "window": _window,

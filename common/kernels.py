@@ -29,10 +29,11 @@ BITS: dict[str, npt.DTypeLike] = {
     "bfloat16": np.int16,
     "float32": np.float32,
     "int8": np.int8,
+    "int4": np.uint8,  # two in a byte: common/packed.py
 }
 
 # Sums may be taken in any order. That there are no NaNs is not promised: they must come through.
-_compiled = njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+compiled = njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 
 
 def _real(_: Any, bits: Any) -> Any:
@@ -62,7 +63,7 @@ def row_starts(rows: int, width: int) -> npt.NDArray[np.int64]:
     return np.arange(rows, dtype=np.int64) * width
 
 
-@_compiled
+@compiled
 def dot_at(items: Any, starts: Any, x: Any, out: Any) -> None:
     """out[i] = (the row of `items` that begins at starts[i]) · x.
 
@@ -92,7 +93,7 @@ def dot_at(items: Any, starts: Any, x: Any, out: Any) -> None:
         out[i] = total
 
 
-@_compiled
+@compiled
 def add_at(items: Any, starts: Any, weights: Any, out: Any) -> None:
     """out += Σ weights[i] × (the row of `items` that begins at starts[i]).
 
@@ -115,7 +116,7 @@ def add_at(items: Any, starts: Any, weights: Any, out: Any) -> None:
             out[k] += real(row[k]) * weight
 
 
-@_compiled
+@compiled
 def widen_at(items: Any, starts: Any, out: Any) -> None:
     """out[i] = the row of `items` that begins at starts[i], as float32: `out` [rows, width]."""
     width = out.shape[1]
@@ -125,7 +126,7 @@ def widen_at(items: Any, starts: Any, out: Any) -> None:
             to[k] = real(row[k])
 
 
-@_compiled
+@compiled
 def score(query: Any, keys: Any, room: int, out: Any) -> None:
     """out[h, t] = query[h] · the key of token t of h's key head.
 
@@ -144,7 +145,7 @@ def score(query: Any, keys: Any, room: int, out: Any) -> None:
             out[h, t] = total
 
 
-@_compiled
+@compiled
 def mix(weights: Any, values: Any, room: int, out: Any) -> None:
     """out[h] = Σ weights[h, t] × the value of token t of h's value head; as in `score`.
 

@@ -24,8 +24,11 @@ from common.config import Settings, cache_bytes
 from common.errors import SettingError
 from common.limits import PART_BYTES_MAX, PREFILL_ROWS_MAX, PREFILL_ROWS_MIN
 from common.policy import slots_by_use
+from common.resident import HEAD, resident_bytes
 from common.store.geometry import DTYPE_BYTES, Geometry
+from common.store.manifest import BIASES
 from common.store.store import Store
+from common.store.tensors import read_header
 
 # What each process holds of its own before it holds weights (anonymous memory, rounded up).
 PROCESS_BYTES = {
@@ -98,6 +101,7 @@ class Needs:
     predictors_bytes: int  # as the predictor holds them
     tokenizer_bytes: int  # of tokenizer.json
     named_shares: tuple[float, ...] | None  # of a layer's neurons, that its predictor names
+    packed_bytes: int | None = None  # resident, where the setting `resident` has them packed
 
 
 def make_plan(settings: Settings, store: Store) -> Plan:
@@ -120,6 +124,7 @@ def needs_of(settings: Settings, store: Store) -> Needs:
         predictors_bytes=_predictors_bytes(resolve_predictor(settings, store), store),
         tokenizer_bytes=_tokenizer_bytes(store),
         named_shares=None if asked is None else tuple(asked),
+        packed_bytes=_packed_bytes(settings.resident, store),
     )
 
 
@@ -217,8 +222,11 @@ def _fixed_lines(needs: Needs, context: int, block: int) -> dict[str, int]:
     """Every line but the cache and the reserve; the kernel's without its share for the cache."""
     geometry = needs.geometry
     computed_bytes = DTYPE_BYTES[geometry.compute_dtype]
+    resident = needs.packed_bytes
+    if resident is None:
+        resident = needs.resident_bytes * computed_bytes // geometry.item_bytes
     lines = {
-        "resident_bytes": needs.resident_bytes * computed_bytes // geometry.item_bytes,
+        "resident_bytes": resident,
         "kv_bytes": context * kv_token_bytes(needs.config, computed_bytes),
         "predictors_bytes": needs.predictors_bytes,
         "workspace_bytes": _workspace_bytes(needs, context, block),
@@ -228,6 +236,16 @@ def _fixed_lines(needs: Needs, context: int, block: int) -> dict[str, int]:
     lines["gateway_bytes"] += TOKENIZER_FACTOR * needs.tokenizer_bytes
     lines["reader_bytes"] += READER_NEURON_BYTES * geometry.layers * geometry.neurons
     return lines | {"libraries_bytes": LIBRARIES_BYTES, "kernel_bytes": kernel}
+
+
+def _packed_bytes(resident: str, store: Store) -> int | None:
+    """Resident bytes in memory where matrices are packed; None where they are not."""
+    if resident == "float":
+        return None
+    paths = (*store.resident_paths(), store.path / BIASES)
+    tensors = {name: tensor for path in paths for name, tensor in read_header(path).items()}
+    tied = "" if HEAD in tensors else next(name for name in tensors if "embed_tokens" in name)
+    return resident_bytes(tensors, resident, store.geometry.compute_dtype, tied)
 
 
 def _predictors_bytes(predictor: str, store: Store) -> int:
@@ -251,7 +269,7 @@ def _workspace_bytes(needs: Needs, context: int, block: int) -> int:
     rows = min(block, context)
     part = part_bundles(geometry)
     # Of a part, what threads hold as float32 and their products pack; its products with all rows.
-    ffn = part * (geometry.hidden * (geometry.item_bytes + 4) + 3 * rows * 4)
+    ffn = part * (geometry.row_bytes + geometry.hidden * 4 + 3 * rows * 4)
     stream = STREAM_COPIES * rows * geometry.hidden * 4
     width = config["num_attention_heads"] * _head_width(config)
     # Queries and output, keys and values as float32, and the mask, as bytes and as float32.

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from common.model.reference import load_reference
+from common.model.reference import load_reference, pack_like
+from common.store.store import Store
 from inflash import Client
 
 # Largest difference of a logit, relative to the largest logit of the reference.
@@ -58,10 +59,13 @@ def ask(client: Client, prompt: Sequence[int], tokens: int) -> Answer:
 
 
 class Reference:
-    """The reference model of a checkpoint, in float32."""
+    """The reference model of a checkpoint, in float32. With a packed `store`, or `resident`, it has
+    the weights that the packed ones stand for."""
 
-    def __init__(self, src: Path, dtype: str):
+    def __init__(self, src: Path, dtype: str, store: Store | None = None, resident: str = "float"):
         self._model = load_reference(src, torch.float32)
+        if store is not None:
+            pack_like(self._model, store, resident)
         self._tolerance = TOLERANCE[dtype]
 
     def check(self, answer: Answer) -> Proof:

@@ -55,7 +55,9 @@ def main(
     Starts a server of its own, generates greedily, and holds every token's logits against
     transformers' own model computed in float32. The predictor is exact unless told otherwise:
     learned ones lose a little (`inflash eval` measures it). Ends with status 1 if anything
-    differs. The reference needs memory for all its weights in float32.
+    differs. The reference needs memory for all its weights in float32. Where the store's bundles
+    are packed, or --resident packs, it has the weights that the packed ones stand for: what packing
+    itself loses, `inflash eval --against` measures.
     """
     given = {key: value for key, value in options.items() if value is not None}
     console = Console(stderr=as_json)
@@ -89,7 +91,9 @@ def prove(
     ):
         answers = [ask(client, prompt, tokens) for prompt in ids]
     logging.disable_progress_bar()  # transformers' own, for a load of a second
-    reference = Reference(src, opened.geometry.dtype)  # after the server: one of them at a time
+    resident = options.get("resident", "float")
+    # After the server: one of them at a time.
+    reference = Reference(src, opened.geometry.dtype, opened, resident)
     return [reference.check(answer) for answer in answers]
 
 

@@ -71,6 +71,15 @@ class _Bar:
     type=click.Path(path_type=Path),
     help="Take along what `inflash fit` made in this other store of the same checkpoint.",
 )
+@click.option(
+    "--bundles",
+    type=click.Choice(["float", "int8", "int4"]),
+    default="float",
+    show_default=True,
+    help="Number format of the feed-forward weights on flash and in the cache: as in the"
+    " checkpoint, or packed to 8 or about 5 bits a number. What that loses is printed;"
+    " `inflash eval --against` measures it in perplexity.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="The plan or the result as JSON on stdout.")
 def main(
@@ -78,6 +87,7 @@ def main(
     dst: Path,
     placement: Path | None,
     predictors: Path | None,
+    bundles: str,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -87,9 +97,9 @@ def main(
     """
     try:
         if dry_run:
-            _show_plan(plan_conversion(src, dst, placement, predictors), dst, as_json)
+            _show_plan(plan_conversion(src, dst, placement, predictors, bundles), dst, as_json)
         else:
-            _convert(src, dst, placement, predictors, as_json)
+            _convert(src, dst, placement, predictors, bundles, as_json)
     except UserError as error:
         _ERR.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
@@ -100,17 +110,32 @@ def main(
 
 
 def _convert(
-    src: Path, dst: Path, placement: Path | None, predictors: Path | None, as_json: bool
+    src: Path,
+    dst: Path,
+    placement: Path | None,
+    predictors: Path | None,
+    bundles: str,
+    as_json: bool,
 ) -> None:
     bar = _Bar()
     try:
-        result = convert(src, dst, bar, placement, predictors)
+        result = convert(src, dst, bar, placement, predictors, bundles)
     finally:
         bar.stop()
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result)))
     else:
+        if result.weight_error is not None:
+            click.echo(_loss(result, bundles))
         click.echo(_summary(result))
+
+
+def _loss(result: Result, bundles: str) -> str:
+    some = " of the layers packed in this run" if result.bytes_resumed else ""
+    return (
+        f"{bundles} bundles: weight error{some} {result.weight_error:.2%} (root mean square, of"
+        f" the weights'), worst in layer {result.worst_layer}: {result.weight_error_worst:.2%}"
+    )
 
 
 def _summary(result: Result) -> str:
@@ -132,6 +157,7 @@ def _show_plan(plan: ConversionPlan, dst: Path, as_json: bool) -> None:
         "family": plan.family,
         "activation": plan.activation,
         "number format": plan.dtype,
+        "bundles": plan.bundles,
         "layers": f"{plan.layers}",
         "neurons": f"{plan.neurons:,} a layer",
         "hidden": f"{plan.hidden:,}",

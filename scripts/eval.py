@@ -7,6 +7,7 @@ Exit status: 0 done, 1 refused or failed, 2 wrong usage, 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -80,6 +81,13 @@ _ERR = Console(stderr=True, highlight=False)
     show_default=True,
     help="Of those, for each server: the first windows.",
 )
+@click.option(
+    "--against",
+    metavar="STORE",
+    type=click.Path(path_type=Path),
+    help="What packing loses, instead: perplexity beside that of this other store of the same"
+    " checkpoint, whose bundles are floats. Takes no predictors.",
+)
 @server_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(
@@ -88,6 +96,7 @@ def main(
     tokens: int,
     length: int,
     decode_tokens: int,
+    against: Path | None,
     as_json: bool,
     **options: str | None,
 ) -> None:
@@ -99,17 +108,25 @@ def main(
     first windows to each, token by token, as an answer is generated. Perplexities are of the same
     tokens. Late are neurons that a layer had to wait for.
 
+    With --against: runs both dense models over the text, then serves STORE, with the predictor
+    exact and --resident as given, the first windows token by token: its perplexity, too, is beside
+    the other store's of the same tokens.
+
     The cache is 25% of the FFN unless --memory or --cache is given. Use text that the predictors
     have not seen.
 
     \b
       inflash eval my-store --text held-out.txt
       inflash eval my-store --text held-out.txt --memory 4GB --json
+      inflash eval my-store-int8 --text held-out.txt --against my-store --resident int8
     """
     given = {key: value for key, value in options.items() if value is not None}
     try:
         with sentences(f"the evaluation of {store} stopped"):
-            found = evaluate(store, texts, tokens, length, decode_tokens, given).as_object()
+            if against is None:
+                found = evaluate(store, texts, tokens, length, decode_tokens, given).as_object()
+            else:
+                found = compare(store, against, texts, tokens, length, decode_tokens, given)
     except (UserError, InflashError) as error:
         _ERR.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
@@ -118,6 +135,8 @@ def main(
         sys.exit(130)
     if as_json:
         print(json.dumps(found))
+    elif against is not None:
+        print("\n".join(losses(found)))
     else:
         show(found)
 
@@ -162,6 +181,67 @@ def evaluate(
     return Evaluation(length, dense, counting.same, counting.ahead, fitted, proved)
 
 
+def compare(
+    path: Path,
+    against: Path,
+    texts: Sequence[Path],
+    tokens: int,
+    length: int,
+    decode_tokens: int,
+    options: dict[str, str],
+) -> dict[str, Any]:
+    """Perplexities of the store in `path`, dense and served, beside the dense one of `against`;
+    `UserError` where they are not of one checkpoint's shape."""
+    tempfile.gettempdir()
+    store, other = Store.open(path), Store.open(against)
+    if dataclasses.replace(other.geometry, packed=store.geometry.packed) != store.geometry:
+        raise UserError(f"{against} and {path} are of models of different shapes")
+    exact = options_for(store, options, "exact", length)
+    settings = Server(exact).settings
+    make_plan(settings, store)
+    ids = windows_of(store, texts, tokens, length).ids
+    some = ids[: max(1, decode_tokens // length)]
+    columns = (TextColumn("{task.description:8}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=_ERR) as bar:
+
+        def follow(name: str, total: int) -> Tick:
+            task = bar.add_task(name, total=total)
+            return lambda done: bar.advance(task, done)
+
+        theirs = run_dense(other, ids, None, follow("against", ids.size))
+        ours = run_dense(store, ids, None, follow("dense", ids.size))
+        served = serve(store, exact, some, follow("served", some.size)).found
+    base = theirs.first(len(some))
+    return {
+        "against": str(against),
+        "bundles": store.geometry.number_format,
+        "resident": settings.resident,
+        "tokens_scored": theirs.tokens,
+        "perplexity_against": theirs.perplexity,
+        "perplexity_dense": ours.perplexity,
+        "top1_agreement_dense": ours.agreement(theirs),
+        "tokens_scored_served": served.tokens,
+        "perplexity_against_served": base.perplexity,
+        "perplexity_served": served.perplexity,
+        "top1_agreement_served": served.agreement(base),
+    }
+
+
+def losses(found: dict[str, Any]) -> Iterator[str]:
+    """What `compare` found, in sentences."""
+    for what, key in (
+        (f"{found['bundles']} bundles, run dense", "dense"),
+        (f"the same served, {found['resident']} resident", "served"),
+    ):
+        end = "_served" if key == "served" else ""
+        base, own = found[f"perplexity_against{end}"], found[f"perplexity_{key}"]
+        yield (
+            f"{what}: perplexity {own:.4f}, {found['against']} {base:.4f} ({own / base - 1:+.3%}),"
+            f" the same top token in {percent(found[f'top1_agreement_{key}'])} of"
+            f" {found[f'tokens_scored{end}']:,} places"
+        )
+
+
 def options_for(
     store: Store, options: dict[str, str], predictor: str, length: int
 ) -> dict[str, str]:
@@ -189,12 +269,13 @@ def exact_problem(settings: Settings, store: Store) -> str:
     return ""
 
 
-def run_dense(store: Store, ids: Ids, counting: Counting, tick: Tick) -> Found:
+def run_dense(store: Store, ids: Ids, counting: Counting | None, tick: Tick) -> Found:
     """The dense model over windows `ids` [count, length]; `counting` hears what fired."""
     passes = store.geometry.layers + 1  # the embedding is observed, too
 
     def observe(layer: int, x: torch.Tensor, fired: Bits | None) -> None:
-        counting.observe(layer, x.numpy(), fired)
+        if counting is not None:
+            counting.observe(layer, x.numpy(), fired)
         tick(len(x) / passes)
 
     model = load_streamed(store, observe)

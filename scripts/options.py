@@ -11,6 +11,12 @@ _OPTIONS = [
     click.option("--memory", metavar="SIZE", help="Budget for everything. [default: half of RAM]"),
     click.option("--cache", metavar="SIZE|SHARE", help="Cache size instead, as 2GB or 25%."),
     click.option(
+        "--resident",
+        type=click.Choice(["float", "int8", "int4"]),
+        help="Pack the matrices of attention and head when they are loaded: less memory, fewer"
+        " bytes for a token, some loss. [default: float, as in the store]",
+    ),
+    click.option(
         "--predictor",
         type=click.Choice(["auto", "all", "exact", "lowrank"]),
         help="[default: auto: lowrank if the store was fitted, else exact]",

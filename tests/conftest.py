@@ -23,7 +23,7 @@ class Made:
     """Checkpoints and their stores, each made once in a test run."""
 
     root: Path
-    stores: dict[tuple[str, str], Store] = field(default_factory=dict)
+    stores: dict[tuple[str, str, str], Store] = field(default_factory=dict)
 
     def checkpoint(self, variant: str, dtype: str) -> Path:
         folder = self.root / f"{variant}-{dtype}"
@@ -31,12 +31,12 @@ class Made:
             make_checkpoint(folder, variant, dtype)
         return folder
 
-    def store(self, variant: str, dtype: str = "float32") -> Store:
-        key = variant, dtype
+    def store(self, variant: str, dtype: str = "float32", bundles: str = "float") -> Store:
+        key = variant, dtype, bundles
         if key not in self.stores:
             src = self.checkpoint(variant, dtype)
-            dst = self.root / f"{src.name}-store"
-            convert(src, dst)
+            dst = self.root / f"{src.name}-{bundles}-store"
+            convert(src, dst, bundles=bundles)
             self.stores[key] = Store.open(dst)
         return self.stores[key]
 

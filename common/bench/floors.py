@@ -47,7 +47,7 @@ def touched(store: Store, named: float, fired: float, context: float) -> Touched
     """
     geometry = store.geometry
     computed = DTYPE_BYTES[geometry.compute_dtype]
-    row_bytes = geometry.hidden * geometry.item_bytes
+    row_bytes = geometry.row_bytes
     config = json.loads((store.config_dir / "config.json").read_text(encoding="utf-8"))
     return Touched(
         _resident_bytes(store) * computed // geometry.item_bytes,

@@ -79,7 +79,7 @@ class Token:
 def token_ms(machine: Machine, geometry: Geometry, work: Work) -> Token:
     """A token's time with `work`."""
     speeds = machine.decode[geometry.dtype]
-    row = geometry.hidden * geometry.item_bytes
+    row = geometry.row_bytes
     products = (
         work.multiplied_bytes / speeds["resident"]
         + work.context_bytes / speeds["context"]

@@ -1,5 +1,6 @@
 """Row-column bundling: a layer's matrices, read in blocks, become bundles side by side.
 
+Their rows are copied as they are, or packed (common/packed.py); what packing loses is added up.
 Memory is bounded by BLOCK_BYTES whatever the layer's size: a block is some neurons' bundles, its
 rows are read as they lie, and its columns (the transposed part) as a strip of every row. In another
 order than the checkpoint's, rows are read one by one, and strips are picked from whole rows.
@@ -7,6 +8,7 @@ order than the checkpoint's, rows are read one by one, and strips are picked fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import StoreError
 from common.model.families import TRANSPOSED
+from common.packed import packed, unpacked
 from common.store.checksum import Checksums, block_checksums
 from common.store.geometry import Geometry
 from common.store.store import Order
-from common.store.tensors import Tensor, read_exactly
+from common.store.tensors import Tensor, read_exactly, to_float32
 
 Block = npt.NDArray[np.uint8]
 
@@ -48,33 +52,69 @@ def reordered(tensor: Tensor, order: Order | None) -> Tensor:
     return tensor if order is None else Reordered(**vars(tensor), order=order)
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What packing some rows lost: sums over their numbers."""
+
+    squared_error: float
+    squared: float
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(self.squared_error + other.squared_error, self.squared + other.squared)
+
+    @property
+    def relative(self) -> float:
+        """Root mean square of the error by that of the numbers."""
+        return math.sqrt(self.squared_error / self.squared) if self.squared else 0.0
+
+
 def write_bundles(
     weights: Mapping[str, Tensor],
     geometry: Geometry,
     write: Callable[[memoryview], None],
     order: Order | None = None,
-) -> Checksums:
-    """Gives a layer's bundles to `write` in order, stride by stride; returns their checksums.
+) -> tuple[Checksums, Loss | None]:
+    """Gives a layer's bundles to `write` in order, stride by stride; returns their checksums, and
+    what was lost if they are packed. `StoreError` if they cannot be.
 
     `weights` has a tensor for each part: [neurons, hidden], the transposed part [hidden, neurons].
     With `order` [neurons], bundle i is that of neuron `order[i]`; else of neuron i.
     """
-    count = max(1, min(BLOCK_BYTES // geometry.stride_bytes, geometry.neurons))
     row_bytes = geometry.hidden * geometry.item_bytes
+    widest = max(geometry.stride_bytes, 4 * geometry.hidden * (2 if geometry.packed else 0))
+    count = max(1, min(BLOCK_BYTES // widest, geometry.neurons))
     block = np.zeros((count, geometry.stride_bytes), np.uint8)  # the padding stays zero
+    source = np.empty((count if geometry.packed else 0, row_bytes), np.uint8)
     matrix = np.empty(count * row_bytes, np.uint8)
-    checksums = np.empty(geometry.neurons, "<u8")
+    checksums, losses = np.empty(geometry.neurons, "<u8"), [0.0, 0.0]
     for first in range(0, geometry.neurons, count):
         part_of = block[: min(count, geometry.neurons - first)]
         for index, part in enumerate(geometry.parts):
-            target = part_of[:, index * row_bytes : (index + 1) * row_bytes]
+            begin = index * geometry.row_bytes
+            target = part_of[:, begin : begin + geometry.row_bytes]
+            rows = source[: len(part_of)] if geometry.packed else target
             if part == TRANSPOSED:
-                _read_columns(weights[part], geometry, first, target, matrix, order)
+                _read_columns(weights[part], geometry, first, rows, matrix, order)
             else:
-                _read_rows(reordered(weights[part], order), first, target, matrix)
+                _read_rows(reordered(weights[part], order), first, rows, matrix)
+            if geometry.packed:
+                wide = to_float32(rows, geometry.dtype)
+                _check_finite(weights[part], wide)
+                target[:] = packed(wide, geometry.packed)
+                lost = unpacked(target, geometry.packed, geometry.hidden) - wide
+                losses[0] += float(np.vdot(lost, lost))
+                losses[1] += float(np.vdot(wide, wide))
         checksums[first : first + len(part_of)] = block_checksums(part_of)
         write(part_of.data.cast("B"))
-    return checksums
+    return checksums, Loss(*losses) if geometry.packed else None
+
+
+def _check_finite(tensor: Tensor, rows: npt.NDArray[np.float32]) -> None:
+    if not np.isfinite(rows).all():
+        raise StoreError(
+            f"tensor {tensor.name} has numbers that are not finite, which cannot be packed: convert"
+            " it with --bundles float"
+        )
 
 
 def _read_rows(tensor: Tensor, first: int, target: Block, buffer: Block) -> None:

@@ -10,6 +10,7 @@ predictors of another store of the same checkpoint can come along: only their ro
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -18,14 +19,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-from transformers import AutoTokenizer, GenerationConfig
+from typing import Protocol
 
 from common.errors import StoreError
 from common.lowrank import PICTURE, PREDICTORS, REPORT
-from common.model.bundling import write_bundles
+from common.model.bundling import Loss, write_bundles
 from common.model.checkpoint import Checkpoint, open_checkpoint
+from common.model.configuration import make_config
 from common.model.layout import (
     Layout,
     header_of,
@@ -37,6 +37,7 @@ from common.model.placement import carried, check_fits, open_donor, order_of_lay
 from common.outputs import sentences
 from common.replay import Trace, load_trace
 from common.store.checksum import file_sha256
+from common.store.geometry import pack_problem
 from common.store.manifest import (
     BIASES,
     CONFIG_DIR,
@@ -51,15 +52,6 @@ from common.store.store import Order, Store, store_id
 from common.store.tensors import Tensor, read_header
 
 COPY_BYTES = 16 << 20
-CONFIG_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
 _CONFIG_BYTES = 32 << 20  # room on the drive for configuration, tokenizer and manifest
 
 
@@ -90,6 +82,7 @@ class ConversionPlan:
     neurons: int  # per layer
     hidden: int
     dtype: str
+    bundles: str  # number format of the bundles: the dtype, or what they are packed as
     bundle_bytes: int
     stride_bytes: int
     padding_share: float  # of the bundle files
@@ -112,6 +105,9 @@ class Result:
     bytes_written: int
     bytes_resumed: int  # were there from an interrupted run
     seconds: float
+    weight_error: float | None  # of packed bundles, relative, root mean square over all numbers
+    weight_error_worst: float | None  # of the layer where it is largest
+    worst_layer: int | None
 
 
 @dataclass(frozen=True)
@@ -126,9 +122,10 @@ class _Source:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a file of the checkpoint does, or the trace."""
+        """Changes when a file of the checkpoint does, or the trace, or the bundles' format."""
         trace = [] if self.placement is None else [file_sha256(self.placement)]
-        return " ".join([self.checkpoint.fingerprint(), *trace])
+        packed = [self.layout.geometry.packed] if self.layout.geometry.packed else []
+        return " ".join([self.checkpoint.fingerprint(), *trace, *packed])
 
     @property
     def total_bytes(self) -> int:
@@ -140,11 +137,15 @@ class _Source:
 
 
 def plan_conversion(
-    src: Path, dst: Path, placement: Path | None = None, predictors: Path | None = None
+    src: Path,
+    dst: Path,
+    placement: Path | None = None,
+    predictors: Path | None = None,
+    bundles: str = "float",
 ) -> ConversionPlan:
     """The plan for converting `src` into `dst`; `UserError` says why there is none."""
     with _sentences():
-        return _plan(_prepare(src, placement, predictors), dst)
+        return _plan(_prepare(src, placement, predictors, bundles), dst)
 
 
 def convert(
@@ -153,6 +154,7 @@ def convert(
     report: Report | None = None,
     placement: Path | None = None,
     predictors: Path | None = None,
+    bundles: str = "float",
 ) -> Result:
     """Converts the checkpoint in `src` into the store `dst`, or goes on where a run was stopped.
 
@@ -163,21 +165,27 @@ def convert(
         placement: a trace of the model (common/replay.py), for the order of each layer's neurons;
             in memory it takes a byte per token and neuron of one layer, and some hundred MB.
         predictors: another store of the same checkpoint, in any order, whose predictors come along.
+        bundles: number format of the bundles: "float", as in the checkpoint; "int8"; "int4".
 
     Raises:
         UserError: why it cannot be done.
     """
     with _sentences():
-        return _convert(_prepare(src, placement, predictors), dst, report or Silent())
+        return _convert(_prepare(src, placement, predictors, bundles), dst, report or Silent())
 
 
 def _sentences() -> AbstractContextManager[None]:
     return sentences("conversion stopped", "run the same command again to resume", StoreError)
 
 
-def _prepare(src: Path, placement: Path | None, predictors: Path | None) -> _Source:
+def _prepare(src: Path, placement: Path | None, predictors: Path | None, bundles: str) -> _Source:
     checkpoint = open_checkpoint(src)
     layout = make_layout(checkpoint)
+    if bundles != "float":
+        geometry = dataclasses.replace(layout.geometry, packed=bundles)
+        if problem := pack_problem(bundles, geometry.hidden):
+            raise StoreError(f"{src} has bundles that cannot be packed: {problem}")
+        layout = dataclasses.replace(layout, geometry=geometry)
     trace = donor = None
     if placement is not None:
         trace = load_trace(placement)
@@ -200,6 +208,7 @@ def _plan(source: _Source, dst: Path) -> ConversionPlan:
         neurons=geometry.neurons,
         hidden=geometry.hidden,
         dtype=geometry.dtype,
+        bundles=geometry.number_format,
         bundle_bytes=geometry.bundle_bytes,
         stride_bytes=geometry.stride_bytes,
         padding_share=1 - geometry.bundle_bytes / geometry.stride_bytes,
@@ -224,9 +233,9 @@ def _convert(source: _Source, dst: Path, report: Report) -> Result:
         )
     started = time.monotonic()
     with open_partial(dst, source.fingerprint) as partial:
-        resumed = partial.done_bytes
+        resumed, losses = partial.done_bytes, dict[int, Loss]()
         _tell(source, partial, report)
-        for name, run in _jobs(source):
+        for name, run in _jobs(source, losses):
             if name not in partial.done:
                 entries: list[FileEntry] = []
                 run(partial, entries, report.advance)
@@ -239,7 +248,17 @@ def _convert(source: _Source, dst: Path, report: Report) -> Result:
         partial.publish(raw)
         total = partial.done_bytes
     store = Store.open(dst)
-    return Result(str(dst), store.id, total - resumed, resumed, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Result(str(dst), store.id, total - resumed, resumed, seconds, *_errors(losses))
+
+
+def _errors(losses: Mapping[int, Loss]) -> tuple[float | None, float | None, int | None]:
+    """Of all layers that were packed together, of the worst one, and which it is."""
+    if not losses:
+        return None, None, None
+    worst = max(losses, key=lambda layer: losses[layer].relative)
+    every = sum(losses.values(), start=Loss(0.0, 0.0))
+    return every.relative, losses[worst].relative, worst
 
 
 def _tell(source: _Source, partial: Partial, report: Report) -> None:
@@ -263,13 +282,14 @@ Advance = Callable[[int], None]
 Job = Callable[[Partial, list[FileEntry], Advance], None]
 
 
-def _jobs(source: _Source) -> Iterator[tuple[str, Job]]:
-    """Named pieces of work, in order. A job's files are journalled together."""
+def _jobs(source: _Source, losses: dict[int, Loss]) -> Iterator[tuple[str, Job]]:
+    """Named pieces of work, in order. A job's files are journalled together; what packing a layer
+    lost goes into `losses`."""
     layout = source.layout
 
     def bundles(layer: int) -> Job:
         return lambda partial, entries, advance: _write_layer(
-            source, layer, partial, entries, advance
+            source, layer, losses, partial, entries, advance
         )
 
     def tensors(path: str, named: Mapping[str, Tensor]) -> Job:
@@ -290,7 +310,12 @@ def _jobs(source: _Source) -> Iterator[tuple[str, Job]]:
 
 
 def _write_layer(
-    source: _Source, layer: int, partial: Partial, entries: list[FileEntry], advance: Advance
+    source: _Source,
+    layer: int,
+    losses: dict[int, Loss],
+    partial: Partial,
+    entries: list[FileEntry],
+    advance: Advance,
 ) -> None:
     layout = source.layout
     order: Order | None = None
@@ -305,7 +330,9 @@ def _write_layer(
             sink.write(data)
             advance(len(data))
 
-        checksums = write_bundles(layout.weights[layer], layout.geometry, write, order)
+        checksums, loss = write_bundles(layout.weights[layer], layout.geometry, write, order)
+        if loss is not None:
+            losses[layer] = loss
     with partial.file(checksum_file(layer), entries) as sink:
         sink.write(checksums.tobytes())
         advance(checksums.nbytes)
@@ -334,45 +361,15 @@ def _write_tensors(
 
 def _write_config(checkpoint: Checkpoint, partial: Partial, entries: list[FileEntry]) -> None:
     with tempfile.TemporaryDirectory(prefix="config.", dir=partial.folder) as scratch:
-        _make_config(checkpoint, Path(scratch))
+        make_config(checkpoint, Path(scratch))
         for path in sorted(Path(scratch).iterdir()):
             with partial.file(f"{CONFIG_DIR}/{path.name}", entries) as sink:
                 sink.write(path.read_bytes())
 
 
-def _make_config(checkpoint: Checkpoint, folder: Path) -> None:
-    """config.json, generation_config.json and the tokenizer's files, in `folder`."""
-    if checkpoint.has_tokenizer:
-        _make_tokenizer(checkpoint.folder, folder)
-    # Code that a checkpoint brings along is never run, so the store does not name it.
-    config = {k: v for k, v in checkpoint.config_json.items() if k != "auto_map"}
-    # What the services read, where the checkpoint relies on its family's defaults.
-    for key in CONFIG_KEYS:
-        if key not in config and hasattr(checkpoint.config, key):
-            config[key] = getattr(checkpoint.config, key)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = checkpoint.folder / "generation_config.json"
-    if generation.is_file():
-        (folder / generation.name).write_bytes(generation.read_bytes())
-    else:
-        GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
-
-
-def _make_tokenizer(source: Path, folder: Path) -> None:
-    """Every form of tokenizer becomes tokenizer.json, the one that the gateway reads."""
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # transformers and tokenizers raise errors of any kind
-        reason = " ".join(str(error).split())
-        raise StoreError(f"the tokenizer in {source} cannot be loaded: {reason}") from None
-    if not (folder / "tokenizer.json").is_file():
-        raise StoreError(f"the tokenizer in {source} has no fast form (tokenizer.json)")
-
-
 def _manifest(source: _Source, partial: Partial) -> Manifest:
     checkpoint, layout = source.checkpoint, source.layout
-    entries = [e for name, _ in _jobs(source) for e in partial.done[name]]
+    entries = [e for name, _ in _jobs(source, {}) for e in partial.done[name]]
     return Manifest(
         family=layout.family.name,
         activation=layout.activation,

@@ -17,6 +17,7 @@ same checkpoint hold for a placed one, once their rows are in its order: `carrie
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,8 +29,10 @@ from common.lowrank import PREDICTORS, Kind, has_predictors, predictor_problem, 
 from common.model.activation import Activation
 from common.model.bundling import reordered
 from common.model.families import TRANSPOSED
+from common.packed import packed
 from common.policy import NEVER_USED, Decay, evict
 from common.replay import Trace, TraceError, slots_per_pool
+from common.store.checksum import Checksums, block_checksums
 from common.store.geometry import Geometry
 from common.store.manifest import BIASES, RESIDENT_DIR
 from common.store.store import Order, Store
@@ -184,13 +187,18 @@ def count_reads(missed: Missed, order: Order) -> int:
 
 def open_donor(path: Path, family: str, activation: Activation, geometry: Geometry) -> Store:
     """The store in `path`, whose predictors are to come along into one of that family, activation
-    and geometry; `StoreError` if it has none that fit."""
+    and geometry: it may have the bundles as floats where they are packed in that. `StoreError` if
+    it has none that fit."""
     donor = Store.open(path)
     if not has_predictors(donor):
         raise StoreError(f"{path} has no predictors ({PREDICTORS}): run `inflash fit {path}`")
     if problem := predictor_problem(donor):
         raise StoreError(f"{problem}: run `inflash fit {path}` again")
-    if (donor.family, donor.activation, donor.geometry) != (family, activation, geometry):
+    theirs = donor.geometry
+    if theirs != geometry:
+        theirs = dataclasses.replace(theirs, packed=geometry.packed)
+    fits = (donor.family, donor.activation, theirs) == (family, activation, geometry)
+    if not fits or donor.geometry.packed not in ("", geometry.packed):
         raise _other_model(donor, "another family, activation or shape")
     return donor
 
@@ -233,10 +241,22 @@ def _same_neurons(donor: Store, made: Store, layer: int, places: Order) -> bool:
     theirs, ours = donor.biases(layer), made.biases(layer)
     placed = {part: b if part == TRANSPOSED else b[places] for part, b in theirs.items()}
     return (
-        np.array_equal(made.checksums(layer), donor.checksums(layer)[places])
+        np.array_equal(made.checksums(layer), _checksums(donor, made.geometry, layer)[places])
         and placed.keys() == ours.keys()
         and all(np.array_equal(placed[part], ours[part]) for part in ours)
     )
+
+
+def _checksums(donor: Store, geometry: Geometry, layer: int) -> Checksums:
+    """Those of the donor's bundles, packed as `geometry` has them: packing is always the same."""
+    if donor.geometry == geometry:
+        return donor.checksums(layer)
+    block = np.zeros((geometry.neurons, geometry.stride_bytes), np.uint8)
+    for index, part in enumerate(geometry.parts):
+        begin = index * geometry.row_bytes
+        rows = packed(donor.rows(layer, part), geometry.packed)
+        block[:, begin : begin + geometry.row_bytes] = rows
+    return block_checksums(block)
 
 
 def _other_model(donor: Store, what: str) -> StoreError:

@@ -15,8 +15,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.errors import StoreError
-from common.model.families import activation_of, family_named
+from common.model.families import TRANSPOSED, activation_of, family_named
 from common.model.skeleton import library_config
+from common.packed import packed, unpacked
+from common.resident import packed_as
+from common.store.store import Store
 
 
 class FATReLU(nn.Module):
@@ -52,3 +55,29 @@ def load_reference(src: Path, dtype: torch.dtype) -> nn.Module:
             layer.get_submodule(family.ffn).act_fn = FATReLU(activation.threshold)
     model.eval().requires_grad_(False)
     return model
+
+
+@torch.no_grad()
+def pack_like(model: Any, store: Store, resident: str) -> None:
+    """Gives the reference `model` the weights that a server of `store` computes with: what packed
+    bundles stand for, and what matrices packed as the setting `resident` says do."""
+    family, geometry = family_named(model.config.model_type), store.geometry
+    bundled = set()
+    for layer in range(geometry.layers):
+        for part in geometry.parts:
+            bundled.add(family.tensor(layer, part))
+            if geometry.packed:
+                rows, order = torch.from_numpy(store.rows(layer, part)), store.order(layer)
+                if order is not None:
+                    rows = torch.empty_like(rows).index_copy_(0, torch.tensor(order).long(), rows)
+                weight = model.get_parameter(family.tensor(layer, part))
+                weight.copy_(rows.T if part == TRANSPOSED else rows)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or f"{name}.weight" in bundled:
+            continue
+        shape = tuple(module.weight.shape)
+        if number_format := packed_as(f"{name}.weight", shape, resident):
+            raw = packed(module.weight.float().numpy(), number_format)
+            stands_for = torch.from_numpy(unpacked(raw, number_format, shape[1]))
+            # Not copied into it: a tied head's weight is the embedding's, too.
+            module.weight = nn.Parameter(stands_for, requires_grad=False)

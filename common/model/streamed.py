@@ -25,6 +25,7 @@ from common.lowrank import EMBEDDING
 from common.model.act import make_act
 from common.model.families import family_named
 from common.model.skeleton import build_skeleton, empty, fill, find_resident
+from common.packed import unpacked
 from common.store.checksum import block_checksums
 from common.store.store import Store, forget_pages
 from common.store.tensors import Tensor, read_exactly
@@ -69,9 +70,8 @@ class Bundles:
         self._count = min(count, geometry.neurons)
         self._raw = np.empty((2, self._count, geometry.stride_bytes), np.uint8)
         self._floats = torch.empty(0)
-        if geometry.dtype != "float32":  # those are multiplied where they lie
+        if geometry.number_format != "float32":  # those are multiplied where they lie
             self._floats = torch.empty(self._shape[0], self._count, geometry.hidden)
-        self._dtype: torch.dtype = getattr(torch, geometry.dtype)
         self._allowance = allowance
         self._kept: dict[int, torch.Tensor] = {}
         self._verified: set[int] = set()
@@ -133,9 +133,16 @@ class Bundles:
     def _float32(self, raw: npt.NDArray[np.uint8]) -> torch.Tensor:
         """[parts, count, hidden]: of a float32 store `raw` itself, else a copy."""
         parts, _, hidden = self._shape
-        bundles = torch.from_numpy(raw).view(self._dtype)[:, : parts * hidden]
+        geometry = self._store.geometry
+        if geometry.packed:
+            for index, rows in enumerate(self._floats):
+                packed = raw[:, index * geometry.row_bytes : (index + 1) * geometry.row_bytes]
+                rows[: len(raw)] = torch.from_numpy(unpacked(packed, geometry.packed, hidden))
+            return self._floats[:, : len(raw)]
+        dtype: torch.dtype = getattr(torch, geometry.dtype)
+        bundles = torch.from_numpy(raw).view(dtype)[:, : parts * hidden]
         rows = bundles.unflatten(1, (parts, hidden)).transpose(0, 1)
-        if self._dtype == torch.float32:
+        if dtype == torch.float32:
             return rows
         return self._floats[:, : len(raw)].copy_(rows)
 

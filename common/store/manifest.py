@@ -14,11 +14,14 @@ from typing import Any
 
 from common.errors import StoreError
 from common.model.activation import Activation
-from common.store.geometry import DTYPE_BYTES, Geometry
+from common.store.geometry import DTYPE_BYTES, PACKED, Geometry, pack_problem
 
 MANIFEST = "manifest.json"
 FORMAT = "inflash-store"
 VERSION = 1
+
+# Where the scales of a packed row are: docs/store-format.md.
+_SCALES = {"int8": "row-bits", "int4": "row-end"}
 
 CONFIG_DIR = "config"
 RESIDENT_DIR = "resident"
@@ -75,19 +78,24 @@ class Manifest:
     def to_json(self) -> bytes:
         """The file's bytes: the same manifest always gives the same ones."""
         geometry = self.geometry
+        shape = dataclasses.asdict(geometry)
+        del shape["packed"]  # it is the number format's kind
         content = {
             "format": FORMAT,
             "version": VERSION,
             "model": {"family": self.family, "activation": dataclasses.asdict(self.activation)},
-            "geometry": dataclasses.asdict(geometry),
+            "geometry": shape,
             "bundle": {
                 "parts": list(geometry.parts),
                 "bytes": geometry.bundle_bytes,
                 "stride_bytes": geometry.stride_bytes,
                 "checksum": "xxh3_64",
             },
-            # Quantised bundles will name their kind and where their scales are; no new version.
-            "number_format": {"kind": geometry.dtype, "scales": None},
+            # A reader that does not know a kind refuses it by its name: no new version.
+            "number_format": {
+                "kind": geometry.number_format,
+                "scales": _SCALES.get(geometry.number_format),
+            },
             "source": {"name": self.source, "files": list(self.source_files)},
             "files": [dataclasses.asdict(entry) for entry in self.files],
         }
@@ -111,18 +119,22 @@ class Manifest:
 
     @classmethod
     def _of(cls, content: dict[str, Any]) -> Manifest:
-        geometry = _typed(Geometry, content["geometry"])
+        number_format = content["number_format"]
+        kind = number_format["kind"]
+        packed = kind if kind in PACKED else ""
+        geometry = _typed(Geometry, content["geometry"] | {"packed": packed})
         counts = (geometry.layers, geometry.neurons, geometry.hidden)
         if min(counts) < 1 or geometry.layers > len(content["files"]):
             raise ValueError(f"its geometry is of no model: {geometry}")
         if geometry.dtype not in DTYPE_BYTES:
             raise ValueError(f"its dtype is {geometry.dtype!r}")
-        number_format = content["number_format"]
-        if number_format["kind"] not in DTYPE_BYTES or number_format["scales"] is not None:
-            raise ValueError(f"number format {number_format['kind']!r} is not known")
+        if kind not in (*DTYPE_BYTES, *PACKED) or number_format["scales"] != _SCALES.get(kind):
+            raise ValueError(f"number format {kind!r} is not known")
+        if problem := pack_problem(kind, geometry.hidden):
+            raise ValueError(problem)
         bundle = content["bundle"]
-        if (number_format["kind"], bundle["bytes"], bundle["stride_bytes"]) != (
-            geometry.dtype,
+        if (kind, bundle["bytes"], bundle["stride_bytes"]) != (
+            geometry.number_format,
             geometry.bundle_bytes,
             geometry.stride_bytes,
         ):

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from common.errors import StoreError
 from common.model.activation import Activation
+from common.packed import unpacked
 from common.store.checksum import Checksums, block_checksums
 from common.store.geometry import Geometry
 from common.store.manifest import (
@@ -121,8 +122,7 @@ class Store:
         A row is NaN if its bundle's checksum is wrong: what depends on it cannot pass unnoticed.
         """
         shape = self.geometry
-        row_bytes = shape.hidden * shape.item_bytes
-        begin = shape.parts.index(part) * row_bytes
+        begin = shape.parts.index(part) * shape.row_bytes
         rows = np.empty((shape.neurons, shape.hidden), np.float32)
         count = max(1, BLOCK_BYTES // shape.stride_bytes)
         block = np.empty((count, shape.stride_bytes), np.uint8)
@@ -132,8 +132,12 @@ class Store:
                 taken = block[: min(count, shape.neurons - first)]
                 view = taken.data.cast("B")
                 read_exactly(file.fileno(), view, first * shape.stride_bytes, path)
-                raw = taken[:, begin : begin + row_bytes]
-                rows[first : first + len(taken)] = to_float32(raw, shape.dtype)
+                raw = taken[:, begin : begin + shape.row_bytes]
+                rows[first : first + len(taken)] = (
+                    unpacked(raw, shape.packed, shape.hidden)
+                    if shape.packed
+                    else to_float32(raw, shape.dtype)
+                )
                 wrong = block_checksums(taken) != checksums[first : first + len(taken)]
                 rows[first : first + len(taken)][wrong] = np.nan
             forget_pages(file.fileno())

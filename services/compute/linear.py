@@ -1,23 +1,49 @@
-"""The model's own linear modules: products of resident rows with a token, or a block of tokens."""
+"""The model's own linear modules: products of resident rows with a token, or a block of tokens.
+
+Rows are as the model has them, or packed (common/packed.py) as they are read from the store, so
+that float and packed rows never lie in memory together.
+"""
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import nn
 
-from common.kernels import row_starts
-from services.compute.products import Products, bits_of
+from common.kernels import BITS, row_starts
+from common.packed import scales_of
+from common.store.geometry import DTYPE_BYTES, row_bytes
+from common.store.store import forget_pages
+from common.store.tensors import Tensor, read_exactly, to_float32
+from services.compute.products import Bits, Products, Starts, bits_of
+
+PROBE_TURNS = 7
+CHUNK_ROWS = 512  # of a matrix that are read and packed at a time
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix: its rows begin at `starts` of `items`, which names their number format."""
+
+    items: Bits
+    starts: Starts
 
 
 class RowLinear(nn.Module):
-    """`linear` with its own parameters, computed in float32."""
+    """A linear module over `rows`, computed in float32."""
 
-    def __init__(self, linear: nn.Linear, products: Products):
+    def __init__(self, rows: Rows, bias: torch.Tensor | None, products: Products):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.rows = rows
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._products = products
-        self._items = bits_of(self.weight)
-        self._starts = row_starts(*self.weight.shape)
+        self._items, self._starts = rows.items, rows.starts
+        self._eight: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., outputs] of `x` [..., inputs]."""
@@ -27,7 +53,13 @@ class RowLinear(nn.Module):
             out += self.bias
         return out.to(x.dtype).view(*x.shape[:-1], -1)
 
+    def take_torch(self) -> None:
+        """Has products of one token made by torch's kernel: of int8 rows, see `Int8Probe`."""
+        self._eight = int8_of(self.rows)
+
     def _row(self, row: torch.Tensor) -> torch.Tensor:
+        if self._eight is not None:
+            return by_torch(row, *self._eight)
         return self._products.dot(self._items, self._starts, row)
 
     def _block(self, rows: torch.Tensor) -> torch.Tensor:
@@ -35,8 +67,85 @@ class RowLinear(nn.Module):
         return made.T.contiguous()
 
 
-def multiply_rows(model: nn.Module, products: Products) -> None:
-    """Puts a RowLinear in the place of every linear module; parameters stay the same objects."""
+def rows_of(weight: torch.Tensor) -> Rows:
+    """The rows of a contiguous matrix [rows, width], not copied."""
+    return Rows(bits_of(weight), row_starts(*weight.shape))
+
+
+def pack(tensor: Tensor, number_format: str, products: Products) -> Rows:
+    """A matrix of the store, packed while it is read."""
+    count, width = tensor.shape
+    size, source = row_bytes(number_format, width), DTYPE_BYTES[tensor.dtype] * width
+    items = np.zeros(count * size, np.uint8).view(BITS[number_format])
+    starts = row_starts(count, size)
+    raw = np.empty((min(CHUNK_ROWS, count), source), np.uint8)
+    with tensor.path.open("rb", buffering=0) as file:
+        for first in range(0, count, CHUNK_ROWS):
+            some = raw[: min(CHUNK_ROWS, count - first)]
+            offset = tensor.offset + first * source
+            read_exactly(file.fileno(), some.data.cast("B"), offset, tensor.path)
+            wide = to_float32(some, tensor.dtype)
+            products.pack(wide, items, starts[first : first + len(some)])
+        forget_pages(file.fileno())
+    return Rows(items, starts)
+
+
+def int8_of(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 rows as torch takes them: the matrix, not copied, and its scales, float32 [rows]."""
+    matrix = torch.from_numpy(rows.items).view(len(rows.starts), -1)
+    return matrix, torch.from_numpy(scales_of(rows.items, rows.starts))
+
+
+def by_torch(row: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """torch's product of an int8 matrix and `row` float32. In bfloat16 it may run faster, and
+    would lose more than int8 does."""
+    return torch._weight_int8pack_mm(row[None], matrix, scales)[0]
+
+
+@dataclass(frozen=True)
+class Int8Probe:
+    """How long a product of int8 rows takes here: by our kernel, and by torch's. Microseconds."""
+
+    ours_us: float
+    torch_us: float
+
+    @property
+    def way(self) -> str:
+        return "torch" if self.torch_us < self.ours_us else "ours"
+
+
+def probe_int8(linear: RowLinear) -> Int8Probe:
+    """Times both on a module's own int8 rows, by turns; medians."""
+    row = torch.ones(len(linear.rows.items) // len(linear.rows.starts))
+    matrix, scales = int8_of(linear.rows)
+    ways = (lambda: linear(row), lambda: by_torch(row, matrix, scales))
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(PROBE_TURNS):
+        for way, taken in zip(ways, times, strict=True):
+            began = time.perf_counter()
+            way()
+            taken.append((time.perf_counter() - began) * 1e6)
+    return Int8Probe(*(statistics.median(taken) for taken in times))
+
+
+def choose_int8(model: nn.Module) -> Int8Probe | None:
+    """Chooses who multiplies the model's int8 rows, by its largest matrix; None if it has none."""
+    found = [
+        m for m in model.modules() if isinstance(m, RowLinear) and m.rows.items.dtype == np.int8
+    ]
+    if not found:
+        return None
+    probe = probe_int8(max(found, key=lambda linear: linear.rows.items.nbytes))
+    if probe.way == "torch":
+        for linear in found:
+            linear.take_torch()
+    return probe
+
+
+def multiply_rows(model: nn.Module, products: Products, packed: Mapping[str, Rows]) -> None:
+    """Puts a RowLinear in the place of every linear module, over its rows in `packed`, by its
+    weight's name, or else over its own weight."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
-            model.set_submodule(name, RowLinear(module, products))
+            rows = packed.get(f"{name}.weight") or rows_of(module.weight)
+            model.set_submodule(name, RowLinear(rows, module.bias, products))

@@ -6,6 +6,7 @@ cancelled request ends within a layer.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from common.kernels import compile_for
 from common.lifecycle import Service
 from common.limits import POLL_S, PREFILLING_EVERY_S, QUEUE_MAX
 from common.messages import Abort, Admit, Done, Token
+from common.packed import compile_packed
 from common.plan import make_plan
 from common.spans import NO_LAYER
 from common.store.store import Store, read_end_ids
@@ -23,6 +25,7 @@ from common.system import cores
 from services.compute.failures import StepAbortedError, StepFailedError
 from services.compute.generation import Generation, prompt_of
 from services.compute.kv import Kept
+from services.compute.linear import choose_int8
 from services.compute.model import load_model
 from services.compute.pipeline import Pipeline
 from services.compute.products import Products
@@ -46,10 +49,14 @@ class ComputeLoop:
         self._answers = service.send_to("answers")
         plan = make_plan(service.settings, store)
         compile_for(store.geometry.dtype, store.geometry.compute_dtype)
+        if store.geometry.packed or service.settings.resident != "float":
+            compile_packed()
         self._pipeline = Pipeline(service, store.geometry, sum(plan.slots), products)
         self._context, self._block = plan.context, plan.block
         store.check_digests()
-        self._model = load_model(store, self._pipeline, products)
+        self._model = load_model(store, self._pipeline, products, service.settings.resident)
+        if probe := choose_int8(self._model):
+            service.log.info("int8 products", way=probe.way, **dataclasses.asdict(probe))
         self._vocabulary = int(self._model.config.vocab_size)
         self._kv = Kept(store.geometry.layers, self._context)
         self._end_ids = read_end_ids(store.config_dir)

@@ -6,18 +6,21 @@ cache, and keys and values. Prints microseconds (medians) and ratios to the way 
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import click
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from common.store.geometry import Geometry
+from common.kernels import BITS, row_starts
+from common.store.geometry import GROUP, Geometry, row_bytes
 from services.compute.attention import attend
-from services.compute.linear import RowLinear
+from services.compute.linear import RowLinear, Rows, rows_of
 from services.compute.products import Products
 from services.compute.rows import CacheRows
 
@@ -42,16 +45,84 @@ def main(hidden: int, threads: int, tokens: int) -> None:
                 *bundles(dtype, hidden),
                 attention(dtype, tokens),
             ):
-                show(dtype, kind)
+                show(str(dtype)[6:], kind)
+        for kind in packed(hidden):
+            show("", kind)
+
+
+def packed(hidden: int) -> list[Ways]:
+    """Our kernels by number format, and torch's over packed matrices."""
+    products, random = Products(torch.get_num_threads()), torch.randn(SLOTS, hidden)
+    named, fired = (torch.randperm(SLOTS)[:count].sort().values for count in (NAMED, FIRED))
+    x, h, out = torch.randn(hidden), torch.randn(FIRED), torch.zeros(hidden)
+    up: dict[str, Callable[[], object]] = {}
+    down: dict[str, Callable[[], object]] = {}
+    resident: dict[str, Callable[[], object]] = {}
+    for name in ("float16", "int8", "int4"):
+        kind = "" if name == "float16" else name
+        geometry = Geometry(1, SLOTS, hidden, False, "float16", kind)
+        part = random_rows(random, name, products)
+        bundles = np.zeros((SLOTS, geometry.stride_bytes), np.uint8)
+        for begin in (0, geometry.row_bytes):
+            bundles[:, begin : begin + geometry.row_bytes] = part
+        rows = CacheRows(bytearray(bundles), geometry, products)
+        up[f"up, {NAMED} rows: {name}"] = functools.partial(rows.dot, "up", named, x)
+        down[f"down, {FIRED} rows: {name}"] = functools.partial(rows.add, "down", fired, h, out)
+        matrices = [
+            random_rows(torch.randn(hidden, hidden), name, products) for _ in range(RESIDENT)
+        ]
+        starts = row_starts(hidden, part.shape[1] // np.dtype(BITS[name]).itemsize)
+        linears = [
+            RowLinear(Rows(matrix.reshape(-1).view(BITS[name]), starts), None, products)
+            for matrix in matrices
+        ]
+        resident[f"resident: {name}"] = functools.partial(_each, linears, x)
+    return [up, down, {**resident, **torch_packed(hidden)}]
+
+
+def random_rows(values: torch.Tensor, name: str, products: Products) -> npt.NDArray[np.uint8]:
+    """uint8 [rows, row_bytes]"""
+    if name == "float16":
+        return values.half().view(torch.uint8).numpy()
+    raw = np.zeros((len(values), row_bytes(name, values.shape[1])), np.uint8)
+    items = raw.reshape(-1).view(BITS[name])
+    products.pack(values.numpy(), items, row_starts(*raw.shape))
+    return raw
+
+
+def torch_packed(hidden: int) -> Ways:
+    """torch's own products of one row with int8 and int4 matrices, which take bfloat16 best."""
+    x, scales = torch.randn(1, hidden), torch.rand(hidden)
+    eights = [torch.randint(-127, 128, (hidden, hidden), dtype=torch.int8) for _ in range(RESIDENT)]
+    numbers = torch.randint(0, 16, (hidden, hidden), dtype=torch.int32)
+    pack, multiply = (
+        torch.ops.aten._convert_weight_to_int4pack_for_cpu,
+        torch.ops.aten._weight_int4pack_mm_for_cpu,
+    )
+    fours = [pack(numbers, 1) for _ in range(RESIDENT)]
+    ways: dict[str, Callable[[], object]] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        row, each = x.to(dtype), scales.to(dtype)
+        both = torch.rand(hidden // GROUP, hidden, 2).to(dtype)
+        ways[f"resident: torch's int8, {str(dtype)[6:]}"] = functools.partial(
+            lambda row, each: [torch._weight_int8pack_mm(row, m, each) for m in eights], row, each
+        )
+        ways[f"resident: torch's int4, {str(dtype)[6:]}"] = functools.partial(
+            lambda row, both: [multiply(row, m, GROUP, both) for m in fours], row, both
+        )
+    return ways
+
+
+def _each(linears: Sequence[RowLinear], x: torch.Tensor) -> None:
+    for linear in linears:
+        linear(x)
 
 
 def resident(dtype: torch.dtype, hidden: int) -> Ways:
     matrices = [torch.randn(hidden, hidden).to(dtype) for _ in range(RESIDENT)]
     x = torch.randn(hidden).to(dtype)
-    linears = [nn.Linear(hidden, hidden, bias=False) for _ in matrices]
-    for linear, matrix in zip(linears, matrices, strict=True):
-        linear.weight = nn.Parameter(matrix, requires_grad=False)
-    rows = [RowLinear(linear, Products(torch.get_num_threads())) for linear in linears]
+    products = Products(torch.get_num_threads())
+    rows = [RowLinear(rows_of(matrix), None, products) for matrix in matrices]
     return {
         "resident: our kernel": lambda: [row(x) for row in rows],
         "resident: mv": lambda: [torch.mv(m, x) for m in matrices],
@@ -103,7 +174,7 @@ def attention(dtype: torch.dtype, tokens: int) -> Ways:
     }
 
 
-def show(dtype: torch.dtype, ways: Ways) -> None:
+def show(dtype: str, ways: Ways) -> None:
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(TURNS):
         for name, way in ways.items():
@@ -113,7 +184,7 @@ def show(dtype: torch.dtype, ways: Ways) -> None:
     times = {name: statistics.median(each) for name, each in found.items()}
     first = next(iter(times.values()))
     for name, us in times.items():
-        print(f"{str(dtype)[6:]:9} {name:48} {us:8.0f} µs  {us / first:5.2f}×")
+        print(f"{dtype:9} {name:48} {us:8.0f} µs  {us / first:5.2f}×")
 
 
 if __name__ == "__main__":

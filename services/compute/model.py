@@ -10,18 +10,20 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig
 
 from common.model.families import family_named
-from common.model.skeleton import build_skeleton, load_resident
+from common.model.skeleton import build_skeleton, fill, find_resident, load_resident
+from common.resident import packed_as
 from common.store.store import Store
 from services.compute.attention import ATTENTION, attend
 from services.compute.ffn import FlashFFN
 from services.compute.laps import ProductTime
-from services.compute.linear import RowLinear, multiply_rows
+from services.compute.linear import RowLinear, Rows, multiply_rows, pack
 from services.compute.pipeline import Pipeline
 from services.compute.products import Products
 
 
-def load_model(store: Store, pipeline: Pipeline, products: Products) -> Any:
-    """The store's model with its resident weights; FFN weights are never allocated."""
+def load_model(store: Store, pipeline: Pipeline, products: Products, resident: str) -> Any:
+    """The store's model with its resident weights, as the setting `resident` has them; FFN weights
+    are never allocated."""
 
     def flash_ffn(layer: int) -> FlashFFN:
         biases = {name: torch.from_numpy(b) for name, b in store.biases(layer).items()}
@@ -30,8 +32,7 @@ def load_model(store: Store, pipeline: Pipeline, products: Products) -> Any:
     config = AutoConfig.from_pretrained(store.config_dir)
     dtype = getattr(torch, store.geometry.compute_dtype)
     model: nn.Module = build_skeleton(config, flash_ffn, dtype, attention=ATTENTION)
-    load_resident(model, store.resident_paths())
-    multiply_rows(model, products)
+    multiply_rows(model, products, load_resident_as(resident, model, store, products))
     time_products(model, products, pipeline.laps.product_time)
 
     def tell(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -41,6 +42,21 @@ def load_model(store: Store, pipeline: Pipeline, products: Products) -> Any:
     layers = model.get_submodule(family_named(config.model_type).layers)
     layers.get_submodule("0").register_forward_pre_hook(tell, with_kwargs=True)
     return model
+
+
+def load_resident_as(
+    resident: str, model: Any, store: Store, products: Products
+) -> dict[str, Rows]:
+    """Fills the model but for the matrices that are packed; those it returns, by name."""
+    if resident == "float":
+        load_resident(model, store.resident_paths())
+        return {}
+    tensors = find_resident(model, store.resident_paths())
+    weights = dict(tensors)
+    weights |= {head: tensors[source] for head, source in model.all_tied_weights_keys.items()}
+    formats = {name: packed_as(name, t.shape, resident) for name, t in weights.items()}
+    fill(model, {name: tensor for name, tensor in tensors.items() if not formats[name]})
+    return {name: pack(weights[name], f, products) for name, f in formats.items() if f}
 
 
 def time_products(model: nn.Module, products: Products, time: ProductTime) -> None:

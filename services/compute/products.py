@@ -18,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.kernels import BITS, add_at, dot_at, widen_at
+from common.kernels import BITS
+from common.packed import add_rows, dot_rows, pack_rows, scales_of, widen_rows
+from common.store.geometry import GROUP
 
 Bits = npt.NDArray[Any]
 Starts = npt.NDArray[np.int64]
@@ -44,7 +46,7 @@ class Products:
         vector = x.numpy()
 
         def multiply(first: int, end: int) -> None:
-            dot_at(items, starts[first:end], vector, out[first:end])
+            dot_rows(items, starts[first:end], vector, out[first:end])
 
         self._share(len(starts), len(starts) * len(vector) * items.itemsize, multiply)
         return torch.from_numpy(out)
@@ -53,9 +55,11 @@ class Products:
         """out += the rows, each times its weight: `weights` float32 [rows], `out` float32
         [width]. Threads share the width, so that none adds where another does."""
         sums, scale = out.numpy(), weights.numpy()
+        if items.dtype == np.int8:
+            scale = scale * scales_of(items, starts)
 
         def add(first: int, end: int) -> None:
-            add_at(items, starts + first, scale, sums[first:end])
+            add_rows(items, starts, scale, len(sums), first, sums[first:end])
 
         self._share(len(sums), len(starts) * len(sums) * items.itemsize, add)
 
@@ -65,7 +69,7 @@ class Products:
         out = torch.empty(len(starts), x.shape[1])
 
         def multiply(first: int, end: int) -> None:
-            rows = self._widened(items, starts[first:end], len(x))
+            rows = self._widened(items, starts[first:end], len(x), 0, len(x))
             torch.mm(rows, x, out=out[first:end])
 
         self.share(len(starts), CHUNK_ROWS, multiply)
@@ -79,30 +83,44 @@ class Products:
         does."""
 
         def add(first: int, end: int) -> None:
-            rows = self._widened(items, starts + first, end - first)
+            rows = self._widened(items, starts, len(out), first, end)
             out[first:end].addmm_(rows.T, weights)
 
-        self.share(len(out), CHUNK_WIDTH, add)
+        self.share(len(out), CHUNK_WIDTH, add, GROUP)
 
-    def share(self, count: int, step: int, work: Callable[[int, int], None]) -> None:
-        """Does torch's `work` for all of `count` items, at most `step` at a time, by all
-        threads."""
+    def share(
+        self, count: int, step: int, work: Callable[[int, int], None], multiple: int = 1
+    ) -> None:
+        """Does torch's `work` for all of `count` items, at most `step` at a time, by all threads;
+        each begins at a multiple of `multiple`, of which `step` is one."""
 
         def do(first: int, end: int) -> None:
             with torch.inference_mode():  # which is a thread's own
                 work(first, end)
 
-        self._spread(count, min(step, -(-count // (self._helpers + 1))), do)
+        each = -(-count // (self._helpers + 1))
+        self._spread(count, min(step, -(-each // multiple) * multiple), do)
 
-    def _widened(self, items: Bits, starts: Starts, width: int) -> torch.Tensor:
-        """Rows, or `width` numbers of each, as float32 [rows, width]; until the thread's next."""
-        size = len(starts) * width
+    def _widened(
+        self, items: Bits, starts: Starts, width: int, first: int, end: int
+    ) -> torch.Tensor:
+        """Of rows of `width` numbers those from `first` to `end`, as float32 [rows, end - first];
+        until the thread's next."""
+        size = len(starts) * (end - first)
         room: torch.Tensor | None = getattr(self._local, "room", None)
         if room is None or len(room) < size:
             room = self._local.room = torch.empty(size)
-        rows = room[:size].view(len(starts), width)
-        widen_at(items, starts, rows.numpy())
+        rows = room[:size].view(len(starts), end - first)
+        widen_rows(items, starts, width, first, rows.numpy())
         return rows
+
+    def pack(self, rows: npt.NDArray[np.float32], items: Bits, starts: Starts) -> None:
+        """Packs `rows` float32 [rows, width] into `items`: row i begins at starts[i]."""
+
+        def pack(first: int, end: int) -> None:
+            pack_rows(rows[first:end], items, starts[first:end])
+
+        self._share(len(rows), rows.nbytes, pack)
 
     def _share(self, count: int, size_bytes: int, work: Callable[[int, int], None]) -> None:
         """Does `work` for all of `count` items, in blocks, by all threads."""
@@ -110,7 +128,7 @@ class Products:
             work(0, count)
             return
         step = -(-count // (BLOCKS_PER_THREAD * (self._helpers + 1)))
-        self._spread(count, -(-step // 16) * 16, work)  # whole cache lines of float32
+        self._spread(count, -(-step // GROUP) * GROUP, work)  # cache lines, too
 
     def _spread(self, count: int, step: int, work: Callable[[int, int], None]) -> None:
         if self._pool is None or count <= step:

@@ -1,6 +1,7 @@
 """The rows that lie in the cache, by slot: what a layer multiplies, where the reader put it.
 
-A row is one part of one bundle, [hidden]. All products are made in float32, whatever the rows are.
+A row is one part of one bundle, [hidden]. All products are made in float32, whatever the rows are;
+packed ones are multiplied as they are packed.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ class CacheRows:
     """The rows of the cache's bytes, `region`."""
 
     def __init__(self, region: mmap | bytearray, geometry: Geometry, products: Products):
-        self._items: Bits = np.frombuffer(region, BITS[geometry.dtype])
+        self._items: Bits = np.frombuffer(region, BITS[geometry.number_format])
         self._products = products
-        self._slot_items = geometry.stride_bytes // geometry.item_bytes
-        self._place = {name: i * geometry.hidden for i, name in enumerate(geometry.parts)}
+        item, row = self._items.itemsize, geometry.row_bytes
+        self._slot_items = geometry.stride_bytes // item
+        self._place = {name: i * row // item for i, name in enumerate(geometry.parts)}
 
     def dot(self, part: str, slots: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The products of one part of the bundles in `slots` int64 [count] with `x` float32

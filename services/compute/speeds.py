@@ -28,7 +28,7 @@ from torch import nn
 from common.store.geometry import DTYPE_BYTES, Geometry
 from common.system import cores
 from services.compute.attention import attend
-from services.compute.linear import RowLinear
+from services.compute.linear import RowLinear, rows_of
 from services.compute.products import Products, bits_of
 from services.compute.rows import CacheRows
 
@@ -56,7 +56,7 @@ def decode(dtype: str, products: Products) -> dict[str, float]:
     query = torch.randn(1, HEADS, 1, WIDTH).to(computed)
     made: dict[str, tuple[Callable[[], Any], int]] = {
         "resident": (lambda: [linear(x) for linear in linears],
-                     RESIDENT * linears[0].weight.nbytes),
+                     RESIDENT * linears[0].rows.items.nbytes),
         "named": (lambda: rows.dot("up", named, x), NAMED * row_bytes),
         "fired": (lambda: rows.add("down", fired, weights, out), FIRED * row_bytes),
         "context": (lambda: attend(nn.Identity(), query, key, value, None), 2 * key.nbytes),
@@ -79,7 +79,7 @@ def block(dtype: str, products: Products) -> dict[str, list[float]]:
             rows.add_block("down", slots, rows.dot_block("up", slots, x).relu(), out)
 
         seconds = _seconds(functools.partial(linear, x), BLOCK_TURNS)
-        found["resident"].append(seconds / linear.weight.nbytes)
+        found["resident"].append(seconds / linear.rows.items.nbytes)
         found["ffn"].append(_seconds(ffn, BLOCK_TURNS) / (BLOCK_OUT * geometry.bundle_bytes))
     return found
 
@@ -100,7 +100,7 @@ def _torch(dtype: str) -> torch.dtype:
 
 
 def _linear(outputs: int, dtype: torch.dtype, products: Products) -> RowLinear:
-    return RowLinear(nn.Linear(HIDDEN, outputs, bias=False, dtype=dtype), products)
+    return RowLinear(rows_of(torch.randn(outputs, HIDDEN).to(dtype)), None, products)
 
 
 def _rows(dtype: str, products: Products) -> tuple[CacheRows, Geometry]:
