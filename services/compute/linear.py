@@ -139,7 +139,9 @@ def probe_int8(linear: RowLinear) -> Int8Probe:
 
 def choose_int8(model: nn.Module) -> Int8Probe | None:
     """Chooses who multiplies the model's int8 rows, by its largest matrix; None if it has none."""
-    found = [m for m in model.modules() if isinstance(m, RowLinear) and m.rows.items.dtype == np.int8]
+    found = [
+        m for m in model.modules() if isinstance(m, RowLinear) and m.rows.items.dtype == np.int8
+    ]
     if not found:
         return None
     probe = probe_int8(max(found, key=lambda linear: linear.rows.items.nbytes))

@@ -77,7 +77,7 @@ def packed(hidden: int) -> list[Ways]:
             for matrix in matrices
         ]
         resident[f"resident: {name}"] = functools.partial(_each, linears, x)
-    return [up, down, resident | torch_packed(hidden)]
+    return [up, down, {**resident, **torch_packed(hidden)}]
 
 
 def random_rows(values: torch.Tensor, name: str, products: Products) -> npt.NDArray[np.uint8]:

@@ -136,7 +136,8 @@ def test_what_packing_lost_is_told(made: Made, tmp_path: Path) -> None:
     assert convert(src, tmp_path / "float").weight_error is None
     eight, four = (convert(src, tmp_path / kind, bundles=kind) for kind in PACKED)
     for result, least, most in ((eight, 0.003, 0.02), (four, 0.05, 0.1)):
-        assert result.weight_error is not None and result.weight_error_worst is not None
+        assert result.weight_error is not None
+        assert result.weight_error_worst is not None
         assert least < result.weight_error <= result.weight_error_worst < most
 
 
@@ -146,10 +147,10 @@ def test_rows_that_cannot_be_packed_are_refused(
     narrow = Variant("opt", {"hidden_size": 48, "word_embed_proj_dim": 48})
     monkeypatch.setitem(VARIANTS, "narrow", narrow)
     src = make_checkpoint(tmp_path / "src", "narrow")
-    with pytest.raises(StoreError, match="int4 takes rows of a multiple of 32 numbers.* have 48"):
+    with pytest.raises(StoreError, match=r"int4 takes rows of a multiple of 32 numbers.* have 48"):
         plan_conversion(src, tmp_path / "dst", bundles="int4")
     convert(src, tmp_path / "dst", bundles="int8")
-    with pytest.raises(SettingError, match="INFLASH_RESIDENT: .*int4 takes rows of a multiple"):
+    with pytest.raises(SettingError, match=r"INFLASH_RESIDENT: .*int4 takes rows of a multiple"):
         make_plan(Settings(tmp_path / "dst", resident="int4"), Store.open(tmp_path / "dst"))
 
 
@@ -173,7 +174,7 @@ def test_a_format_that_is_not_known_is_refused(
     content = json.loads(path.read_bytes())
     content["number_format"][field] = value
     path.write_text(json.dumps(content))
-    with pytest.raises(StoreError, match="number format 'int[38]' is not known"):
+    with pytest.raises(StoreError, match=r"number format 'int[38]' is not known"):
         Store.open(tmp_path / "store")
 
 
@@ -223,5 +224,6 @@ def test_torch_multiplies_the_same_int8_rows(made: Made) -> None:
     x = torch.randn(1, 64)
     assert torch.allclose(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
     probe = choose_int8(torch.nn.ModuleList([ours]))
-    assert probe is not None and min(probe.ours_us, probe.torch_us) > 0
+    assert probe is not None
+    assert min(probe.ours_us, probe.torch_us) > 0
     assert choose_int8(torch.nn.ModuleList([torch.nn.Linear(2, 2)])) is None
