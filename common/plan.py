@@ -46,6 +46,7 @@ READER_NEURON_BYTES = 64  # of index, keys, checksums: arrays with an entry for 
 # malloc keeps what a block of a prompt frees: this much was held for each byte in use at once.
 WORKSPACE_HELD = 2
 WORKSPACE_SHARE = 16  # of the budget a block of a prompt may have 1/16, or it is made smaller
+BLOCK_CACHE_SHARE = 3 / 4  # and it leaves so much of the cache that the smallest block would
 LOGITS_COPIES = 8  # float32 vectors over the vocabulary while a token is chosen
 STREAM_COPIES = 6  # float32 blocks [rows, hidden] at once: input, its copy, sum, residual, norms
 RESERVE_BYTES_MIN = 32 << 20
@@ -125,10 +126,13 @@ def needs_of(settings: Settings, store: Store) -> Needs:
 def divide(settings: Settings, needs: Needs) -> Plan:
     """The plan for a model with such `needs`; `SettingError` names the smallest that would work."""
     *larger, smallest = _blocks(settings, needs)
+    plan = _divide(settings, needs, smallest)
     for block in larger:
         with contextlib.suppress(SettingError):
-            return _divide(settings, needs, block)
-    return _divide(settings, needs, smallest)
+            found = _divide(settings, needs, block)
+            if found.cache_bytes >= plan.cache_bytes * BLOCK_CACHE_SHARE:
+                return found
+    return plan
 
 
 def _blocks(settings: Settings, needs: Needs) -> list[int]:

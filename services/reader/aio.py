@@ -1,16 +1,16 @@
 """Asynchronous direct reads of Linux: io_submit and io_getevents through ctypes.
 
-Control blocks are one numpy array, made once and used again; a read costs no Python object. At most
-`depth` reads are with the kernel, the others wait here. Completions raise an eventfd, so that the
-loop polls it beside its sockets.
+A batch's control blocks are one numpy array; a read costs no Python object. At most `depth` reads
+are with the kernel, the others wait here. Completions raise an eventfd, so that the loop polls it
+beside its sockets.
 
     control block (struct iocb, include/uapi/linux/aio_abi.h)     event (struct io_event)
     data u64 · key u32 · rw_flags u32 · opcode u16 ·              data u64 · obj u64 ·
     priority i16 · file u32 · buffer u64 · bytes u64 ·            res i64 · res2 i64
     offset i64 · reserved u64 · flags u32 · resfd u32
 
-`data` is the number of the control block. The kernel copies control blocks and iovecs during
-io_submit, so both are ours again when it returns.
+`data` is the batch's number above the read's own in it. The kernel copies control blocks and iovecs
+during io_submit, so both are ours again when it returns.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ _CALLS = {  # setup, destroy, getevents, submit
 }
 _PREADV = 7  # IOCB_CMD_PREADV
 _RESFD = 1  # IOCB_FLAG_RESFD
+_READ_BITS = 32  # of a read's number in `data`
 WAKE_EVERY = 32  # reads of a batch: so many complete for one signal of the eventfd
 
 _CONTROL = np.dtype(
@@ -64,21 +65,43 @@ assert (_CONTROL.itemsize, _EVENT.itemsize, _IOVEC.itemsize) == (64, 32, 16)
 class _Batch:
     """Reads given by one submit. `begun` of them were given to the kernel, `left` are not over."""
 
-    def __init__(self, number: int, tag: int, file: int, reads: Reads, base: int) -> None:
+    def __init__(
+        self, number: int, tag: int, file: int, reads: Reads, memory: int, eventfd: int
+    ) -> None:
+        """`memory` is the address of the slots."""
         self.number = number
         self.tag = tag
-        self.file = file
-        self.offsets = reads.offsets
         self.lengths = reads.lengths
-        self.vectors = np.empty(len(reads.slots), _IOVEC)
-        self.vectors["base"] = base + reads.slots.astype(np.uint64) * np.uint64(reads.stride_bytes)
-        self.vectors["bytes"] = reads.stride_bytes
-        self.vector_address = self.vectors.ctypes.data + reads.firsts[:-1] * _IOVEC.itemsize
-        self.vector_count = np.diff(reads.firsts)
         self.begun = 0
         self.left = len(reads)
         self.failed = -1
         self.error = ""
+        self._vectors = np.empty(len(reads.slots), _IOVEC)
+        self._vectors["base"] = memory + reads.slots.astype(np.int64) * reads.stride_bytes
+        self._vectors["bytes"] = reads.stride_bytes
+        index = np.arange(len(reads))
+        self._blocks = np.zeros(len(reads), _CONTROL)
+        self._blocks["data"] = (number << _READ_BITS) + index
+        # Few completions wake the loop: a turn of it costs more than a read. Counted from the end,
+        # so that the last of a batch does; what it leaves behind is asked for by the clock.
+        self._blocks["flags"] = index[::-1] % WAKE_EVERY == 0
+        self._blocks["opcode"] = _PREADV
+        self._blocks["file"] = file
+        self._blocks["buffer"] = self._vectors.ctypes.data + reads.firsts[:-1] * _IOVEC.itemsize
+        self._blocks["bytes"] = np.diff(reads.firsts)
+        self._blocks["offset"] = reads.offsets
+        self._blocks["resfd"] = eventfd
+        self._pointers = self._blocks.ctypes.data + index * _CONTROL.itemsize
+
+    @property
+    def pointers(self) -> ctypes.c_void_p:
+        """The addresses of the control blocks that are not begun, one after another."""
+        return ctypes.c_void_p(self._pointers[self.begun :].ctypes.data)
+
+    @property
+    def waiting(self) -> int:
+        """Reads that are not begun."""
+        return len(self.lengths) - self.begun
 
     def fail(self, read: int, error: str) -> None:
         if not self.error or read < self.failed:
@@ -111,18 +134,8 @@ class Aio:
         self._running: dict[int, _Batch] = {}  # not over
         self._submitted = 0
         self._closed = False
-        self._make_blocks(depth)
-
-    def _make_blocks(self, depth: int) -> None:
-        self._blocks = np.zeros(depth, _CONTROL)
-        self._blocks["data"] = np.arange(depth)
-        self._blocks["opcode"] = _PREADV
-        self._blocks["resfd"] = self._eventfd
-        self._block_address = self._blocks.ctypes.data + np.arange(depth) * _CONTROL.itemsize
-        self._batch_of = np.zeros(depth, np.int64)  # whose read a block is
-        self._read_of = np.zeros(depth, np.int64)  # which of its reads
-        self._free = np.arange(depth)  # a stack: the first `_free_count` are free
-        self._free_count = depth
+        self._depth = depth
+        self._in_flight = 0  # with the kernel
         self._events = np.zeros(depth, _EVENT)
         self._no_time = (ctypes.c_long * 2)(0, 0)
 
@@ -133,8 +146,8 @@ class Aio:
         if self._closed:
             raise ValueError("the backend is closed")
         self._submitted += 1
-        base = self._memory.ctypes.data
-        batch = _Batch(self._submitted, tag, self._files[file], reads, base)
+        address = self._memory.ctypes.data
+        batch = _Batch(self._submitted, tag, self._files[file], reads, address, self._eventfd)
         self._running[batch.number] = batch
         self._queued.append(batch)
         self._fill()
@@ -158,41 +171,18 @@ class Aio:
         close_files([*self._files, self._eventfd])
 
     def _fill(self) -> None:
-        """Gives the kernel what is queued, as far as there are free control blocks."""
-        while self._queued and self._free_count:
+        """Gives the kernel what is queued, as far as it may have more."""
+        while self._queued and self._in_flight < self._depth:
             batch = self._queued[0]
-            count = min(self._free_count, len(batch.offsets) - batch.begun)
-            blocks = self._free[self._free_count - count : self._free_count]
-            self._write_blocks(blocks, batch, count)
-            pointers = self._block_address[blocks]
-            done = self._call(
-                self._submit,
-                self._context,
-                ctypes.c_long(count),
-                ctypes.c_void_p(pointers.ctypes.data),
-            )
+            count = min(self._depth - self._in_flight, batch.waiting)
+            done = self._call(self._submit, self._context, ctypes.c_long(count), batch.pointers)
             if done < 0 and not self._refused(batch):
                 return
-            # Begun are the first `done`; their blocks must leave the top of the stack.
             begun = max(int(done), 0)
-            self._free[self._free_count - count : self._free_count] = np.roll(blocks, -begun)
-            self._free_count -= begun
+            self._in_flight += begun
             batch.begun += begun
-            if batch.begun == len(batch.offsets):
+            if not batch.waiting:
                 self._queued.popleft()
-
-    def _write_blocks(self, blocks: npt.NDArray[np.int64], batch: _Batch, count: int) -> None:
-        reads = slice(batch.begun, batch.begun + count)
-        self._blocks["file"][blocks] = batch.file
-        self._blocks["buffer"][blocks] = batch.vector_address[reads]
-        self._blocks["bytes"][blocks] = batch.vector_count[reads]
-        self._blocks["offset"][blocks] = batch.offsets[reads]
-        # Few completions wake the loop: a turn of it costs more than a read. Counted from the end,
-        # so that the last of a batch does; what it leaves behind is asked for by the clock.
-        index = np.arange(reads.start, reads.stop)
-        self._blocks["flags"][blocks] = (len(batch.offsets) - 1 - index) % WAKE_EVERY == 0
-        self._batch_of[blocks] = batch.number
-        self._read_of[blocks] = index
 
     def _refused(self, batch: _Batch) -> bool:
         """The kernel did not take the batch's next read: it failed, unless the kernel is only
@@ -200,7 +190,7 @@ class Aio:
         code = ctypes.get_errno()
         if code == errno.EINTR:
             return True
-        if code == errno.EAGAIN and self._free_count < len(self._free):
+        if code == errno.EAGAIN and self._in_flight:
             return False  # the completion of those raises the eventfd, and we try again
         batch.fail(batch.begun, f"io_submit: {os.strerror(code)}")
         batch.begun += 1
@@ -222,16 +212,15 @@ class Aio:
             if ctypes.get_errno() == errno.EINTR:
                 return
             raise _os_error("io_getevents")
+        self._in_flight -= count
         events = self._events[:count]
-        blocks = events["data"].astype(np.int64)
-        self._free[self._free_count : self._free_count + count] = blocks
-        self._free_count += count
-        numbers = self._batch_of[blocks]
+        data = events["data"].astype(np.int64)
+        numbers, reads = data >> _READ_BITS, data & ((1 << _READ_BITS) - 1)
         for batch in self._running.values():
             mine = numbers == batch.number
             if taken := int(np.count_nonzero(mine)):
                 batch.left -= taken
-                self._check(batch, self._read_of[blocks[mine]], events["res"][mine])
+                self._check(batch, reads[mine], events["res"][mine])
 
     def _check(
         self, batch: _Batch, reads: npt.NDArray[np.int64], results: npt.NDArray[np.int64]

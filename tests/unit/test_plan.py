@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -203,3 +204,9 @@ def test_a_block_of_a_prompt_is_smaller_where_memory_is_short(store_of: Any) -> 
     given = make_plan(settings(store, memory=4 * GB, block=100), store)
     assert given.block == 100
     assert short.workspace_bytes < given.workspace_bytes < large.workspace_bytes
+    # A larger block comes when memory has room for it, not out of the cache.
+    plans = [make_plan(settings(store, memory=short.memory_bytes + (n << 18)), store)
+             for n in range(200)]  # fmt: skip
+    assert len({plan.block for plan in plans}) > 1
+    for one, after in itertools.pairwise(plans):
+        assert after.cache_bytes >= 0.7 * one.cache_bytes
