@@ -98,7 +98,7 @@ class Products:
             with torch.inference_mode():  # which is a thread's own
                 work(first, end)
 
-        each = -(-count // (self._helpers + 1))
+        each = max(-(-count // (self._helpers + 1)), 1)
         self._spread(count, min(step, -(-each // multiple) * multiple), do)
 
     def _widened(

@@ -93,12 +93,18 @@ def test_products(number_format: str, threads: int, count: int) -> None:
     slots = torch.randperm(count + 3)[:count]
     x, weights = torch.randn(hidden), torch.randn(count)
     up, down = (torch.from_numpy(part)[slots] for part in stand_for)
-    assert torch.equal(cached.widened("up", slots), up)
     scale = 1e-5 * hidden
     assert torch.allclose(cached.dot("up", slots, x), up @ x, atol=scale, rtol=1e-5)
     out = torch.ones(hidden)
     cached.add("down", slots, weights, out)
     assert torch.allclose(out, 1 + weights @ down, atol=max(count, 1) * 1e-5, rtol=1e-5)
+    block, heights = torch.randn(hidden, 3), torch.randn(count, 3)  # tokens are columns
+    found = cached.dot_block("up", slots, block)
+    assert torch.allclose(found, up @ block, atol=scale, rtol=1e-5)
+    sums = torch.ones(hidden, 3)
+    cached.add_block("down", slots, heights, sums)
+    expected = 1 + down.T @ heights
+    assert torch.allclose(sums, expected, atol=max(count, 1) * 1e-5, rtol=1e-5)
     if count == 5000:
         assert count * geometry.row_bytes > SHARED_BYTES_MIN, "no thread took part"
 
