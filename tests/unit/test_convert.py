@@ -378,11 +378,12 @@ def test_bundling_is_the_same_in_any_block_size(
     written = bytearray()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bundling, "BLOCK_BYTES", block)
-        checksums = bundling.write_bundles(tensors, geometry, written.extend)
+        checksums, loss = bundling.write_bundles(tensors, geometry, written.extend)
     bundles = np.frombuffer(written, np.uint8).reshape(neurons, geometry.stride_bytes)
     flat = [matrices[part].reshape(neurons, -1) for part in geometry.parts]
     assert np.array_equal(bundles[:, : geometry.bundle_bytes], np.concatenate(flat, axis=1))
     assert checksums.tolist() == [bundle_checksum(bundle) for bundle in bundles]
+    assert loss is None, "nothing is packed"
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
