@@ -242,8 +242,7 @@ def _packed_bytes(resident: str, store: Store) -> int | None:
     """Resident bytes in memory where matrices are packed; None where they are not."""
     if resident == "float":
         return None
-    paths = (*store.resident_paths(), store.path / BIASES)
-    tensors = {name: tensor for path in paths for name, tensor in read_header(path).items()}
+    tensors = store.resident_tensors() | read_header(store.path / BIASES)
     tied = "" if HEAD in tensors else next(name for name in tensors if "embed_tokens" in name)
     return resident_bytes(tensors, resident, store.geometry.compute_dtype, tied)
 

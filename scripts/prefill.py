@@ -30,7 +30,6 @@ from common.limits import READ_BYTES_MAX
 from common.plan import make_plan
 from common.probes import measure_drive, measure_products
 from common.store.store import Store
-from common.store.tensors import read_header
 from inflash import Client
 from inflash._errors import InflashError
 from scripts.options import server_options
@@ -96,11 +95,7 @@ def work_of(store: Store, tokens: int, settings: dict[str, str]) -> Work:
     geometry = store.geometry
     bundles = max(min(READ_BYTES_MAX // geometry.stride_bytes, geometry.neurons), 1)
     drive = measure_drive(store.path, "--bundles", f"{bundles}")
-    sizes = {
-        name: tensor.nbytes
-        for path in store.resident_paths()
-        for name, tensor in read_header(path).items()
-    }
+    sizes = {name: tensor.nbytes for name, tensor in store.resident_tensors().items()}
     head = max(sizes.values())  # the embedding's, or the head's: of a prompt one row is multiplied
     weights = (multiplied_bytes(sizes) - head) // geometry.item_bytes
     weights += geometry.layers * geometry.neurons * len(geometry.parts) * geometry.hidden

@@ -21,7 +21,6 @@ from common.forecast.shapes import multiplied_bytes
 from common.plan import kv_token_bytes
 from common.store.geometry import DTYPE_BYTES
 from common.store.store import Store
-from common.store.tensors import read_header
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,7 @@ def touched(store: Store, named: float, fired: float, context: float) -> Touched
 
 def _resident_bytes(store: Store) -> int:
     """Of the resident files, what every token multiplies."""
-    sizes = {
-        name: tensor.nbytes
-        for path in store.resident_paths()
-        for name, tensor in read_header(path).items()
-    }
-    return multiplied_bytes(sizes)
+    return multiplied_bytes({name: t.nbytes for name, t in store.resident_tensors().items()})
 
 
 def drive_bytes_per_s(points: Sequence[dict[str, Any]], read_bytes: float) -> float:

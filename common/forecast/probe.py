@@ -1,7 +1,7 @@
 """The doctor's probes, one after another, and the cost model that they make.
 
 Each is a program of its own (common/probes.py) but two that take no time: one read at a time, and
-the products of a predictor, which numpy makes.
+the products of a predictor.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ that is never zero, tensors that are missing or misshapen, weights that are quan
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from common.forecast.shapes import (
     multiplied_bytes,
     tensor_shapes,
 )
+from common.json_object import read_object
 from common.model.activation import Activation
 from common.model.families import activation_of, family_named, geometry_of
 from common.store.geometry import DTYPE_BYTES, Geometry
@@ -91,24 +91,9 @@ def describe(model: str) -> Described:
     )
 
 
-def read_object(raw: bytes, where: str) -> dict[str, Any]:
-    """A JSON object; `StoreError` names `where` if it is none."""
-    try:
-        content = json.loads(raw)
-    except ValueError as error:
-        raise StoreError(f"{where} is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise StoreError(f"{where} holds no JSON object")
-    return content
-
-
 def _of_store(store: Store) -> Described:
     config = read_object((store.config_dir / "config.json").read_bytes(), str(store.config_dir))
-    sizes = {
-        name: tensor.nbytes
-        for path in store.resident_paths()
-        for name, tensor in read_header(path).items()
-    }
+    sizes = {name: tensor.nbytes for name, tensor in store.resident_tensors().items()}
     tokenizer = store.config_dir / TOKENIZER
     return Described(
         name=str(store.path), kind="store", config=config, family=store.family,

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig
 
 from common.errors import StoreError
+from common.json_object import read_object
 from common.model.families import family_named
 from common.store.tensors import Tensor, read_header
 
@@ -67,14 +68,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise StoreError(f"{path.parent} is no checkpoint: it has no {path.name}") from None
-    except ValueError as error:
-        raise StoreError(f"{path} is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise StoreError(f"{path} holds no JSON object")
-    return content
+    return read_object(raw, str(path))
 
 
 def _load_config(folder: Path) -> Any:

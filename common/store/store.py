@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from common.errors import StoreError
 from common.model.activation import Activation
-from common.packed import unpacked
 from common.store.checksum import Checksums, block_checksums
 from common.store.geometry import Geometry
 from common.store.manifest import (
@@ -31,7 +30,7 @@ from common.store.manifest import (
     order_file,
     resident_file,
 )
-from common.store.tensors import read_exactly, read_float32, read_header, to_float32
+from common.store.tensors import Tensor, read_exactly, read_float32, read_header, to_float32
 
 Floats = npt.NDArray[np.float32]
 Order = npt.NDArray[np.int32]
@@ -87,6 +86,11 @@ class Store:
         layers = range(self.geometry.layers)
         return [self.path / resident_file(layer) for layer in (None, *layers)]
 
+    def resident_tensors(self) -> dict[str, Tensor]:
+        """All tensors of those files, by name: their places, not their bytes."""
+        headers = map(read_header, self.resident_paths())
+        return {name: tensor for header in headers for name, tensor in header.items()}
+
     @property
     def resident_bytes(self) -> int:
         """Bytes of everything that stays in memory: resident tensors and the FFN's biases."""
@@ -133,15 +137,22 @@ class Store:
                 view = taken.data.cast("B")
                 read_exactly(file.fileno(), view, first * shape.stride_bytes, path)
                 raw = taken[:, begin : begin + shape.row_bytes]
-                rows[first : first + len(taken)] = (
-                    unpacked(raw, shape.packed, shape.hidden)
-                    if shape.packed
-                    else to_float32(raw, shape.dtype)
-                )
+                rows[first : first + len(taken)] = _to_float32(raw, shape)
                 wrong = block_checksums(taken) != checksums[first : first + len(taken)]
                 rows[first : first + len(taken)][wrong] = np.nan
             forget_pages(file.fileno())
         return rows
+
+
+def _to_float32(raw: npt.NDArray[np.uint8], geometry: Geometry) -> Floats:
+    """Rows [count, hidden] of bundles as they lie, uint8 [count, row_bytes]."""
+    if not geometry.packed:
+        return to_float32(raw, geometry.dtype)
+    # Here, for numba, which takes a process a third of its start: gateway and reader open stores,
+    # and read no row.
+    from common.packed import unpacked
+
+    return unpacked(raw, geometry.packed, geometry.hidden)
 
 
 def read_order(folder: Path, layer: int, geometry: Geometry) -> Order:

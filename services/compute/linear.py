@@ -42,7 +42,6 @@ class RowLinear(nn.Module):
         self.rows = rows
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._products = products
-        self._items, self._starts = rows.items, rows.starts
         self._eight: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -60,11 +59,11 @@ class RowLinear(nn.Module):
     def _row(self, row: torch.Tensor) -> torch.Tensor:
         if self._eight is not None:
             return by_torch(row, *self._eight)
-        return self._products.dot(self._items, self._starts, row)
+        return self._products.dot(self.rows.items, self.rows.starts, row)
 
     def _block(self, rows: torch.Tensor) -> torch.Tensor:
-        made = self._products.dot_block(self._items, self._starts, rows.T.contiguous())
-        return made.T.contiguous()
+        matrix, tokens = self.rows, rows.T.contiguous()
+        return self._products.dot_block(matrix.items, matrix.starts, tokens).T.contiguous()
 
 
 def rows_of(weight: torch.Tensor) -> Rows:

@@ -3,9 +3,10 @@
 Look-ahead names its neurons the surest first. A neuron that is not read ahead though it is needed
 costs the read's time, unhidden. One that is read for nothing costs the same only where the drive
 had something better to do. So with a drive that is busy for a share b of the time, a neuron is
-worth reading if it is needed with a probability p of p > b (1 - p), or b ÷ (1 + b): two of five on
-the 6.7B shape, whose reads take two thirds of the time and where reading all that is named took 1.4
-times the bytes; one of five on a small model (docs/benchmarks.md, docs/measurements.md). Pure.
+worth reading if it is needed with a probability p of p > b (1 - p), or p > b ÷ (1 + b): one of two
+for a drive that never rests, and any for one that has nothing to do. Reading all that is named took
+1.4 times the bytes on the 6.7B shape (docs/benchmarks.md); what it does to a small model's late
+neurons is in docs/measurements.md. Pure.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +69,14 @@ def test_torch_stays_where_the_model_is(folder: str) -> None:
         for imported in imports(path):
             assert imported.split(".")[0] not in HEAVY, f"{folder} reaches {imported} by {module}"
             todo.append(imported)
+
+
+@pytest.mark.parametrize("module", ["services.gateway.loop", "services.reader.loop"])
+def test_numba_stays_where_products_are(module: str) -> None:
+    """It is half of a process's memory, and the plan has no room for it in these (common/plan.py).
+    What imports it only when it is called is in order."""
+    code = f"import sys, {module}; sys.exit('numba' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
