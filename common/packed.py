@@ -25,6 +25,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from common.integer_dot import dot4_at, dot8_at, scale_at
 from common.kernels import BITS, add_at, compiled, dot_at, real, widen_at
 from common.store.geometry import GROUP, SCALED, row_bytes
 
@@ -71,45 +72,7 @@ half: Any = intrinsic(_half)
 def _scales_at(items: Any, starts: Any, out: Any) -> None:
     """out[i] = the scale of the int8 row that begins at starts[i]."""
     for i in range(starts.shape[0]):
-        row, bits = items[starts[i] : starts[i] + SCALED], 0
-        for k in range(SCALED):
-            bits |= (row[k] & 1) << k
-        out[i] = real(np.int16(bits))
-
-
-@compiled
-def _dot4_at(items: Any, starts: Any, x: Any, out: Any) -> None:
-    """`dot_at` of int4 rows. A group's minimum multiplies the sum of its part of `x`."""
-    groups, count = x.shape[0] // GROUP, starts.shape[0]
-    packed, wide = groups * HALF, x.reshape(groups, GROUP)
-    size, sums = packed + groups * 4, np.empty(groups, np.float32)
-    for g in range(groups):
-        sums[g] = wide[g].sum()
-    for i in range(0, count - 1, 2):
-        a, b = items[starts[i] : starts[i] + size], items[starts[i + 1] : starts[i + 1] + size]
-        halves_a, halves_b = a[packed:].view(np.uint16), b[packed:].view(np.uint16)
-        bytes_a = a[:packed].reshape(groups, HALF)
-        bytes_b = b[:packed].reshape(groups, HALF)
-        p, q = np.float32(0), np.float32(0)
-        for g in range(groups):
-            s, t = np.float32(0), np.float32(0)
-            for k in range(HALF):
-                first, second = wide[g, k], wide[g, k + HALF]
-                s += low(bytes_a[g, k]) * first + high(bytes_a[g, k]) * second
-                t += low(bytes_b[g, k]) * first + high(bytes_b[g, k]) * second
-            p += real(halves_a[g]) * s + real(halves_a[groups + g]) * sums[g]
-            q += real(halves_b[g]) * t + real(halves_b[groups + g]) * sums[g]
-        out[i], out[i + 1] = p, q
-    if count % 2:
-        a = items[starts[count - 1] : starts[count - 1] + size]
-        halves_a, bytes_a = a[packed:].view(np.uint16), a[:packed].reshape(groups, HALF)
-        p = np.float32(0)
-        for g in range(groups):
-            s = np.float32(0)
-            for k in range(HALF):
-                s += low(bytes_a[g, k]) * wide[g, k] + high(bytes_a[g, k]) * wide[g, k + HALF]
-            p += real(halves_a[g]) * s + real(halves_a[groups + g]) * sums[g]
-        out[count - 1] = p
+        out[i] = scale_at(items, starts[i])
 
 
 @compiled
@@ -246,13 +209,9 @@ def pack_rows(rows: Floats, items: Bits, starts: Starts) -> None:
 
 
 def dot_rows(items: Bits, starts: Starts, x: Floats, out: Floats) -> None:
-    """`dot_at` of rows of any number format, packed ones too."""
-    if items.dtype == np.uint8:
-        _dot4_at(items, starts, x, out)
-        return
-    dot_at(items, starts, x, out)
-    if items.dtype == np.int8:
-        out *= scales_of(items, starts)
+    """`dot_at` of rows of any number format; of packed ones by x rounded to int16."""
+    multiply = {np.dtype(np.uint8): dot4_at, np.dtype(np.int8): dot8_at}.get(items.dtype, dot_at)
+    multiply(items, starts, x, out)
 
 
 def scales_of(items: Bits, starts: Starts) -> Floats:
