@@ -135,11 +135,13 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """Part `part` of a layer's fetch: these neurons lie in these slots until its Release.
+    """Part `part` of a layer: these neurons lie in these slots until its Release.
 
-    Part 0 is what was in the cache already, sent even where it is empty; `left` neurons are still
-    to come. Its reads are those of the layer's prefetch, a later part's are its own. Of a layer
-    that is asked for whole, what was in the cache may come as several parts, which are `cached`.
+    Part 0 may come before the layer's Fetch, with what look-ahead found and brought; its `left` is
+    -1 then. The first part after the Fetch has what else was in the cache, even where that is
+    nothing; `left` neurons are still to come. Its reads are those of the layer's prefetch, a later
+    part's are its own. Of a layer that is asked for whole, what was in the cache may come as
+    several parts, which are `cached`.
     """
 
     request: int
@@ -148,8 +150,8 @@ class Resident:
     part: int
     left: int
     cached: bool  # they were there when the Fetch came; else it had to wait for them
-    prefetched: int  # of part 0's neurons, those that this step's look-ahead brought
-    extra: int  # of part 0's neurons, those that the Fetch did not name (setting `extras`)
+    prefetched: int  # of what the cache had for the Fetch, that this step's look-ahead brought
+    extra: int  # neurons of the layer so far that the Fetch did not name (setting `extras`)
     reads: int
     bytes_read: int
     wasted_bytes: int  # of what was prefetched for this layer and its Fetch did not name

@@ -182,9 +182,9 @@ class Pipeline:
 
     def _is_sound(self, message: Resident) -> bool:
         ids, slots = message.ids, message.slots
-        if len(ids) != len(slots) or len(ids) % 4 or message.left < 0 or message.part < 0:
+        if len(ids) != len(slots) or len(ids) % 4 or message.left < -1 or message.part < 0:
             return False
-        if not 0 <= message.prefetched + message.extra <= len(ids) // 4:
+        if not 0 <= message.prefetched + message.extra <= 2 * self._geometry.neurons:
             return False
         return _within(ids, self._geometry.neurons) and _within(slots, self._slots)
 

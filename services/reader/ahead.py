@@ -9,8 +9,9 @@ Pure. One prefetch of a layer:
     the layer's demand, or its step is over: what is not begun is dropped, the pins are given up;
     what is on its way lands as a resident that nobody holds
 
-Nothing of a prefetch is sent to compute: the demand finds it as hits. It claims slots that nobody
-holds, and marks no use. In a pool of all layers it leaves a share of the slots to the demands.
+The demand finds it as hits, but for what was there by the end of the layer before: that is sent
+already (fetches.py). It claims slots that nobody holds, and marks no use. In a pool of all layers
+it leaves a share of the slots to the demands.
 """
 
 from __future__ import annotations
@@ -82,6 +83,12 @@ class Lookahead:
 
     def knows(self, step: int, layer: int) -> bool:
         return (step, layer) in self._aheads
+
+    def find(self, step: int, layer: int) -> Ahead | None:
+        """A layer's prefetch, unless it is of the whole layer: that streams, and nothing of it may
+        hold slots before it is asked for."""
+        ahead = self._aheads.get((step, layer))
+        return None if ahead is None or self._is_whole(ahead) else ahead
 
     def take(self, fetch: Fetch, ids: Ids, busy: float) -> None:
         """Takes a prefetch of `ids` up: protects what is resident; of the rest is to be read what

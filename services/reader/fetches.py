@@ -3,10 +3,13 @@
 Pure: messages in, messages and groups of reads out; no socket, clock or file. One demand of a layer
 (a prefetch goes its own way: ahead.py):
 
-    Fetch ──▶ hits, pinned: Resident part 0
-         └──▶ misses: a group takes slots ──▶ is read ──▶ Resident part 1, 2, ... ──▶ Release
+    Fetch ──▶ hits, pinned: Resident
+         └──▶ misses: a group takes slots ──▶ is read ──▶ Resident, Resident, ... ──▶ Release
                         ▲                                                               │
                         └──────── no slot to be had: the rest waits ◀───────────────────┘
+
+What look-ahead has found or brought for a layer by the time the layer before is over is sent then,
+as a part of its own: compute multiplies it while the predictor names the layer's neurons.
 
 So a layer streams through whatever slots it has. A group is at most half of them, so that the next
 lands while one is multiplied; and where a whole layer is asked for, its hits go in several parts,
@@ -18,7 +21,6 @@ prefetches protect.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -46,7 +48,7 @@ class BadFetchError(ValueError):
 
 class Fetches:
     """All fetches and the index of the cache. `release`, `drop`, `land`, `fail` and `resize` make
-    room: ask for `groups` after them, and after `take`."""
+    room: ask for `groups` after them, and after `take`. What they return goes to compute."""
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class Fetches:
         self._groups = Groups(geometry, bundling)
         self._read_for: dict[int, Progress] = {}  # by the tag of a demand's group
         self._landed: set[int] = set()  # layers in which a group landed since `groups` looked
+        self._over = (-1, -1)  # the step and layer with which compute was done last
         self.ahead = Lookahead(geometry, self.pools, self._groups)
 
     def each_pool(self) -> list[Pool]:
@@ -94,6 +97,8 @@ class Fetches:
             else:
                 self._begin(fetch, -1)
                 self.ahead.take(fetch, ids, busy)
+                if fetch.layer == 0 or self._over == (fetch.step, fetch.layer - 1):
+                    return self._early(fetch.step, fetch.layer, now_ns)
             return []
         if fetch.step in self._dropped:  # its Drop came by the shorter way
             self.late_fetches += 1
@@ -146,25 +151,26 @@ class Fetches:
         fetch = progress.fetch
         return [Unreadable(fetch.request, fetch.step, fetch.layer, reason)]
 
-    def release(self, step: int, layer: int, part: int) -> None:
-        """Compute is done with a part. One that is not known is counted."""
+    def release(self, step: int, layer: int, part: int, now_ns: int) -> list[Resident]:
+        """Compute is done with a part; with a layer's last the next one begins. One that is not
+        known is counted."""
         progress = self._fetches.get((step, layer))
         slots = progress.parts.pop(part, None) if progress else None
         if progress is None or slots is None:
             self.unknown_releases += 1
-            return
+            return []
         self.pools[layer].unpin(slots)
-        self._forget_if_done(progress)
+        if not self._forget_if_done(progress):
+            return []
+        self._over = step, layer
+        return self._early(step, layer + 1, now_ns)
 
     def drop(self, step: int) -> None:
         """Forgets a step's fetches. Groups that are being read land as plain residents."""
         _remember(self._dropped, step, 0, LINK_MESSAGES_MAX)
         self.ahead.drop(step)
         for progress in [p for (s, _), p in self._fetches.items() if s == step]:
-            for slots in progress.parts.values():
-                self.pools[progress.fetch.layer].unpin(slots)
-            progress.parts.clear()
-            self._end(progress)
+            self._give_back(progress)
 
     def group(self, tag: int) -> Group:
         """The group that is read under `tag`."""
@@ -192,7 +198,8 @@ class Fetches:
         return ids
 
     def _knows(self, step: int, layer: int) -> bool:
-        return (step, layer) in self._fetches
+        progress = self._fetches.get((step, layer))
+        return progress is not None and progress.asked
 
     def _is_late(self, fetch: Fetch) -> bool:
         """Whether a prefetch is of a layer that has passed."""
@@ -207,52 +214,68 @@ class Fetches:
             self._now += 1
             self._newest = fetch.step
             _remember(self._steps, fetch.step, demanded, STEPS_KEPT)
+            for progress in [p for p in self._fetches.values() if not p.asked]:
+                self._give_back(progress)  # its step is over without its layer
         self._steps[fetch.step] = max(self._steps[fetch.step], demanded)
         self.pools[fetch.layer].expire(self._now)
 
-    def _answer(self, fetch: Fetch, ids: Ids, now_ns: int) -> list[Resident]:
-        """Part 0 of a new demand: its hits, and what look-ahead brought for it."""
-        layer, stride = fetch.layer, self._geometry.stride_bytes
+    def _early(self, step: int, layer: int, now_ns: int) -> list[Resident]:
+        """Sends what is resident of a layer's look-ahead, though the layer has not asked yet."""
+        found = self.ahead.find(step, layer)
+        if self._extras == "none" or found is None or (step, layer) in self._fetches:
+            return []
         pool = self.pools[layer]
+        # The surest; and half of the slots stay for what the layer will ask for.
+        ids = found.named[pool.find(layer, found.named)[0]][: pool.usable // 2]
+        if not len(ids):
+            return []
+        progress = self._fetches[step, layer] = Progress(found.fetch, now_ns, ids[:0], early=ids)
+        return [progress.part(ids, pool.pin(layer, ids), Brought(cached=True), now_ns)]
+
+    def _answer(self, fetch: Fetch, ids: Ids, now_ns: int) -> list[Resident]:
+        """The answer to a new demand: its hits, and what look-ahead brought for it."""
+        layer, neurons = fetch.layer, self._geometry.neurons
+        pool = self.pools[layer]
+        progress = self._fetches.get((fetch.step, layer)) or Progress(fetch, now_ns, ids[:0])
+        self._fetches[fetch.step, layer] = progress
+        early = ids[:0] if progress.early is None else progress.early
+        sent = among(ids, early, neurons)
         resident, _ = pool.find(layer, ids)
-        hits, todo = ids[resident], ids[~resident]
+        hits, todo = ids[resident & ~sent], ids[~resident & ~sent]
         slots = pool.pin(layer, hits)
-        pool.use(layer, hits, self._now)
+        pool.use(layer, ids[resident | sent], self._now)
         # Only now that the hits are pinned, what look-ahead protected may go.
         ahead = self.ahead.pass_by(fetch.step, layer, ids)
-        extra = self._extra(layer, ids, len(todo), ahead)
-        self.hits += (named := len(hits))
+        read = ahead.read if ahead else ids[:0]
+        extra = self._extra(layer, np.concatenate([ids, early]), len(todo), ahead)
+        self.hits += len(ids) - len(todo)
         self.misses += len(todo)
+        brought = Brought(
+            cached=True,
+            prefetched=int(np.count_nonzero(among(ids[resident | sent], read, neurons))),
+            extra=len(extra) + len(early) - int(np.count_nonzero(sent)),
+            reads=sum(len(group.reads) for group in ahead.groups) if ahead else 0,
+            bytes_read=len(read) * self._geometry.stride_bytes,
+            wasted_bytes=(ahead.wasted if ahead else 0) * self._geometry.stride_bytes,
+        )
         if len(extra):
             hits = np.concatenate([hits, extra])
             slots = np.concatenate([slots, pool.pin(layer, extra)])
         # Of a whole layer the first slots should come back soon: the misses stream through them.
-        streams = len(todo) and len(ids) == self._geometry.neurons
+        streams = len(todo) and len(ids) == neurons
         size = self._bundles_max if streams else max(len(hits), 1)
         left = len(todo) + max(len(hits) - size, 0)
-        progress = Progress(fetch, now_ns, todo, left, self._group_size(len(todo)))
-        self._fetches[fetch.step, layer] = progress
-        read = ahead.read if ahead else ids[:0]
-        answers = []
-        for first in range(0, max(len(hits), 1), size):
-            some = slice(first, first + size)
-            used = among(hits[first : min(first + size, named)], read, self._geometry.neurons)
-            prefetched = int(np.count_nonzero(used))
-            brought = Brought(True, prefetched, extra=0 if first else len(extra))
-            if ahead and not first:
-                brought = replace(
-                    brought,
-                    reads=sum(len(group.reads) for group in ahead.groups),
-                    bytes_read=len(read) * stride,
-                    wasted_bytes=ahead.wasted * stride,
-                )
-            answers.append(progress.part(hits[some], slots[some], brought, now_ns))
+        progress.ask(fetch, now_ns, todo, left, self._group_size(len(todo)))
+        answers = [progress.part(hits[:size], slots[:size], brought, now_ns)]
+        for first in range(size, len(hits), size):
+            some, more = slice(first, first + size), Brought(cached=True)
+            answers.append(progress.part(hits[some], slots[some], more, now_ns))
         return answers
 
     def _extra(self, layer: int, ids: Ids, misses: int, ahead: Ahead | None) -> Ids:
-        """Resident neurons to compute though the demand `ids` does not name them: they cost no
-        read. Room stays for the misses to stream, and it is that of the neurons that the policy
-        would give up anyway."""
+        """Resident neurons to compute though they are not among `ids`, those that were named or
+        sent: they cost no read. Room stays for the misses to stream, and it is that of the neurons
+        that the policy would give up anyway."""
         pool = self.pools[layer]
         if self._extras == "resident":
             found = pool.residents(layer)
@@ -327,14 +350,21 @@ class Fetches:
             for progress in self._fetches.values()
         )
 
+    def _give_back(self, progress: Progress) -> None:
+        for slots in progress.parts.values():
+            self.pools[progress.fetch.layer].unpin(slots)
+        progress.parts.clear()
+        self._end(progress)
+
     def _end(self, progress: Progress) -> None:
         progress.over = True
         progress.todo = progress.todo[:0]
         self._forget_if_done(progress)
 
-    def _forget_if_done(self, progress: Progress) -> None:
+    def _forget_if_done(self, progress: Progress) -> bool:
         if progress.done:
             del self._fetches[progress.fetch.step, progress.fetch.layer]
+        return progress.done
 
 
 def _differ(ids: Ids, neurons: int) -> bool:

@@ -157,7 +157,7 @@ class Reader:
         for message in self._release.receive():
             match message:
                 case Release(step, layer, part):
-                    self._fetches.release(step, layer, part)
+                    self._send(self._fetches.release(step, layer, part, time.monotonic_ns()))
                 case Drop(step):
                     self._fetches.drop(step)
                 case Attached(pid):
@@ -171,7 +171,7 @@ class Reader:
                 answers = self._fetches.take(message, began_ns, self._read_time.busy)
                 self._send(answers)
                 if message.trace:
-                    left = sum(answer.left for answer in answers)
+                    left = sum(max(answer.left, 0) for answer in answers)
                     self._trace("fetch", message, began_ns, len(message.ids) // 4, left)
             except BadFetchError as error:
                 self._service.count("bad_messages")

@@ -24,29 +24,46 @@ class Brought:
 NOTHING = Brought()
 
 
+NOT_ASKED = -1
+"""As what is left of a layer: its demand has not come."""
+
+
 @dataclass
 class Progress:
-    """How far one demand is."""
+    """How far one demand is; or, until it comes, what was sent ahead of it."""
 
-    fetch: Fetch
+    fetch: Fetch  # at first the prefetch
     taken_ns: int
     todo: Ids  # ascending; neither sent nor in a group
-    left: int  # neurons not sent, part 0 apart
-    group_size: int  # neurons of one group, at most
+    left: int = NOT_ASKED  # neurons not sent, the answer to the demand apart
+    group_size: int = 0  # neurons of one group, at most
+    early: Ids | None = None  # sent before the demand came
     in_flight: int = 0  # groups
     next_part: int = 0
+    answered: int = 0  # the part that answers the demand
     parts: dict[int, Slots] = field(default_factory=dict)  # sent and not released
     over: bool = False  # dropped or failed: nothing more is sent
+
+    @property
+    def asked(self) -> bool:
+        """Whether the layer's demand has come."""
+        return self.left != NOT_ASKED
 
     @property
     def done(self) -> bool:
         return not self.parts and (self.over or self.left == 0)
 
+    def ask(self, fetch: Fetch, taken_ns: int, todo: Ids, left: int, group_size: int) -> None:
+        """The demand has come; `left` without what its answer, the next part, brings."""
+        self.fetch, self.taken_ns = fetch, taken_ns
+        self.todo, self.left, self.group_size = todo, left, group_size
+        self.answered = self.next_part
+
     def part(self, ids: Ids, slots: Slots, brought: Brought, now_ns: int) -> Resident:
         """The next part: `ids` lie in `slots`, which are pinned until its Release."""
         part = self.next_part
         self.next_part += 1
-        if part > 0:
+        if self.asked and part > self.answered:
             self.left -= len(ids)
         self.parts[part] = slots
         fetch = self.fetch

@@ -66,6 +66,7 @@ class CacheIndex(RuleBasedStateMachine):
         self.groups: dict[int, Group] = {}
         self.held: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # (id, slot) by part
         self.left: dict[tuple[int, int], int] = {}  # neurons to come, by demand under way
+        self.early: dict[tuple[int, int], list[int]] = {}  # sent before the demand came
 
     # What the predictor, compute and the drive do
 
@@ -78,14 +79,15 @@ class CacheIndex(RuleBasedStateMachine):
         self.demanded[self.step] = max(self.demanded.get(self.step, -1), layer)
         before = self.snapshot()
         (answer,) = self.take(layer, ids, prefetch=False)
-        self.check_part_0(answer, ids)
+        early = self.early.pop((self.step, layer), [])
+        self.check_answer(answer, ids, early)
         if is_new:
             self.check_window(answer, before)
-        self.use(layer, set(ids) & set(ids_of(answer)))
+        self.use(layer, set(ids) & {*ids_of(answer), *early})
         for key in list(self.named):
             if key[0] != self.step or key[1] <= layer:
                 del self.named[key]
-        self.left[self.step, layer] = answer.left
+        self.left[self.step, layer] = answer.left + (len(ids_of(answer)) if answer.part else 0)
         self.see([answer])
         self.go_on(before)
 
@@ -96,13 +98,15 @@ class CacheIndex(RuleBasedStateMachine):
         self.tick(goes_on)
         late = self.fetches.late_prefetches
         before = self.snapshot()
-        assert self.take(layer, ids, prefetch=True) == []
+        answers = self.take(layer, ids, prefetch=True)
         if self.demanded.get(self.step, -1) >= layer:
             assert self.fetches.late_prefetches == late + 1
+            assert not answers
         else:
             assert self.fetches.late_prefetches == late
             self.named[self.step, layer] = ids
             self.read[self.step, layer] = set()
+        self.see_early(answers)
         self.go_on(before)
 
     @precondition(lambda self: self.left and self.held)
@@ -141,13 +145,13 @@ class CacheIndex(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(self.held)))
         del self.held[key]
         before = self.snapshot()
-        self.fetches.release(*key)
+        self.see_early(self.fetches.release(*key, 0))
         self.go_on(before)
 
     @rule(step=st.integers(0, 5), layer=st.integers(-1, 3), part=st.integers(-1, 9))
     def release_unknown(self, step: int, layer: int, part: int) -> None:
         count = self.fetches.unknown_releases
-        self.fetches.release(step, layer, part)  # steps here are thousands, from 1,000 on
+        self.fetches.release(step, layer, part, 0)  # steps here are thousands, from 1,000 on
         assert self.fetches.unknown_releases == count + 1
 
     @rule(back=st.integers(0, 2), late=IDS)
@@ -155,6 +159,7 @@ class CacheIndex(RuleBasedStateMachine):
         step = self.step - back * 1000
         self.held = {key: part for key, part in self.held.items() if key[0] != step}
         self.left = {key: left for key, left in self.left.items() if key[0] != step}
+        self.early = {key: ids for key, ids in self.early.items() if key[0] != step}
         self.named = {key: ids for key, ids in self.named.items() if key[0] != step}
         before = self.snapshot()
         self.fetches.drop(step)
@@ -242,6 +247,9 @@ class CacheIndex(RuleBasedStateMachine):
 
     def tick(self, goes_on: bool) -> bool:
         is_new = not goes_on or self.step == 0
+        if is_new:  # what was sent for layers that were never asked for is given back
+            self.held = {k: part for k, part in self.held.items() if k[:2] not in self.early}
+            self.early.clear()
         self.step += 1000 * is_new
         self.clock += is_new
         return is_new
@@ -259,7 +267,7 @@ class CacheIndex(RuleBasedStateMachine):
     def release_all(self) -> None:
         for key in list(self.held):
             del self.held[key]
-            self.fetches.release(*key)
+            self.see_early(self.fetches.release(*key, 0))
 
     def pass_all(self) -> None:
         """A new step's demand, for nothing, of the last layer: no prefetch is under way then."""
@@ -268,19 +276,21 @@ class CacheIndex(RuleBasedStateMachine):
         self.fetched.add((self.step, 1))
         self.demanded[self.step] = 1
         self.take(1, [], prefetch=False)
-        self.fetches.release(self.step, 1, 0)
+        self.fetches.release(self.step, 1, 0, 0)
 
-    def check_part_0(self, answer: Resident, ids: list[int]) -> None:
-        """Part 0 of the demand of `ids`: hits, then extras, and what their look-ahead cost."""
+    def check_answer(self, answer: Resident, ids: list[int], early: list[int]) -> None:
+        """The answer to the demand of `ids`: hits, then extras, and what their look-ahead cost."""
         key = answer.step, answer.layer
         named, read = self.named.get(key, []), self.read.get(key, set())
-        there = ids_of(answer)
-        hits, extra = there[: len(there) - answer.extra], there[len(there) - answer.extra :]
-        assert set(hits) <= set(ids)
-        assert answer.left == len(ids) - len(hits)
-        assert not set(extra) & set(ids)
+        there, sent = ids_of(answer), set(early) & set(ids)
+        count = len(there) + len(early) - len(sent) - answer.extra
+        hits, extra = there[:count], there[count:]
+        assert set(hits) <= set(ids) - set(early)
+        assert answer.left == len(ids) - len(hits) - len(sent)
+        assert not set(extra) & {*ids, *early}
         assert self.extras != "none" or not extra
         assert self.extras != "ahead" or set(extra) <= set(named)
+        hits += list(sent)
         if key in self.named:
             assert answer.prefetched == len(read & set(hits))
             assert answer.bytes_read == len(read) * GEOMETRY.stride_bytes
@@ -371,6 +381,20 @@ class CacheIndex(RuleBasedStateMachine):
 
     def is_gone(self, pool: Pool, layer: int, neuron: int) -> bool:
         return bool(pool.find(layer, np.array([neuron]))[1].all())
+
+    def see_early(self, answers: list[Resident]) -> None:
+        """What is sent before its layer asks: some of what its look-ahead named, once."""
+        for answer in answers:
+            key, ids = (answer.step, answer.layer), ids_of(answer)
+            assert self.extras != "none"
+            assert set(ids) <= set(self.named[key])
+            assert key not in self.early
+            assert key not in self.left
+            assert (answer.part, answer.left, answer.extra) == (0, -1, 0)
+            assert 0 < len(ids) <= self.fetches.pools[answer.layer].usable // 2
+            self.early[key] = ids
+            slots = np.frombuffer(answer.slots, "<i4").tolist()
+            self.held[(*key, 0)] = list(zip(ids, slots, strict=True))
 
     def see(self, answers: Iterable[Resident | Unreadable]) -> None:
         for answer in answers:

@@ -59,7 +59,7 @@ def fill(fetches: Fetches, ids: object, step: int = 1, layer: int = 1) -> None:
     parts = [demand(fetches, ids, step, layer)]
     while parts:
         for part in parts:
-            fetches.release(step, layer, part.part)
+            fetches.release(step, layer, part.part, 0)
         parts = land_all(fetches)
 
 
@@ -101,8 +101,8 @@ def test_what_is_on_its_way_serves_the_demand_when_it_lands():
     (late,) = fetches.groups(7)
     assert isinstance(late, Resident)
     assert (late.part, ids_of(late), late.left, late.reads, late.landed_ns) == (1, [4], 0, 0, 7)
-    fetches.release(1, 1, 0)
-    fetches.release(1, 1, 1)
+    fetches.release(1, 1, 0, 0)
+    fetches.release(1, 1, 1, 0)
     assert is_resident(fetches, [4, 5]) == [True, True]
     assert fetches.pools[1].room() == 100, "nobody holds them"
 
@@ -137,7 +137,7 @@ def test_little_is_read_ahead_at_once():
     assert begun(fetches) == []
     for group in (groups[1], third):
         fetches.land(group.tag, 0)
-    fetches.release(1, 1, 0)
+    fetches.release(1, 1, 0, 0)
     assert fetches.pools[1].room() == 500, "its slots are free again"
     assert fetches.pools[1].resident == 3 * PREFETCH_BUNDLES_MAX
 
@@ -261,7 +261,7 @@ def test_a_demand_that_nothing_else_can_help_takes_protected_slots():
     prefetch(fetches, [1, 2], step=2)
     assert begun(fetches) == [], "compute will release"
     for part in parts:
-        fetches.release(1, 1, part.part)
+        fetches.release(1, 1, part.part, 0)
     assert [group.ids.tolist() for group in begun(fetches)] == [[3], [4]]
 
 
@@ -271,7 +271,7 @@ def test_a_demand_that_nothing_else_can_help_makes_do_with_a_crumb():
     parts = [part for group in begun(fetches) for part in fetches.land(group.tag, 0)]
     prefetch(fetches, np.arange(7), step=2)
     for part in parts:
-        fetches.release(1, 1, part.part)
+        fetches.release(1, 1, part.part, 0)
     assert [group.ids.tolist() for group in begun(fetches)] == [[8]]
 
 
@@ -291,7 +291,7 @@ def test_extras(extras: str, found: list[int], scope: str):
     assert fetches.hits == 1
     pool = fetches.pools[1]
     assert pool.pinned == 1 + len(found)
-    fetches.release(2, 1, 0)
+    fetches.release(2, 1, 0, 0)
     assert pool.pinned == 0
 
 
@@ -301,7 +301,7 @@ def test_an_extra_is_not_a_use():
     fill(fetches, [2], step=2)
     fill(fetches, [3], step=3)
     assert demand(fetches, [2, 3], step=4).extra == 1
-    fetches.release(4, 1, 0)
+    fetches.release(4, 1, 0, 0)
     fill(fetches, [9], step=5)
     assert is_resident(fetches, [1, 2, 3]) == [False, True, True]
 
@@ -333,7 +333,7 @@ def test_a_whole_layer_is_read_ahead_as_far_as_there_are_slots() -> None:
         prefetch(fetches, range(900, 964), step)
         land_all(fetches)
         demand(fetches, [], step)
-        fetches.release(step, 1, 0)
+        fetches.release(step, 1, 0, 0)
     demand(fetches, range(NEURONS), step=4, layer=0)
     fetches.drop(4)
     prefetch(fetches, range(NEURONS), step=5)
@@ -341,3 +341,62 @@ def test_a_whole_layer_is_read_ahead_as_far_as_there_are_slots() -> None:
     first = fetches.take(Fetch(9, 5, 1, False, 5, frame(range(NEURONS))), 0)[0]
     assert len(ids_of(first)) == 100, "what was there, and what was read into the other slots"
     assert (first.prefetched, first.left, first.wasted_bytes) == (36, NEURONS - 100, 0)
+
+
+def early_reader() -> Fetches:
+    """Layers 0 and 1 have neurons 0 to 9, and step 2 is at layer 0."""
+    fetches = reader(extras="ahead")
+    for layer in (0, 1):
+        fill(fetches, range(10), 1, layer)
+    demand(fetches, range(10), 2, 0)
+    return fetches
+
+
+def test_a_layer_is_begun_with_what_look_ahead_found_before_it_asks() -> None:
+    fetches = early_reader()
+    prefetch(fetches, [4, 3, 700], 2, 1)
+    (group,) = begun(fetches)
+    assert fetches.land(group.tag, 0) == []
+    (early,) = fetches.release(2, 0, 0, 7)
+    assert (early.step, early.layer, early.part, early.left, early.landed_ns) == (2, 1, 0, -1, 7)
+    assert ids_of(early) == [4, 3, 700]
+    answer = demand(fetches, [3, 5, 700, 800], 2, 1)
+    assert (ids_of(answer), answer.part, answer.left) == ([5], 1, 1), "what was sent is not again"
+    assert (answer.prefetched, answer.extra, answer.reads) == (1, 1, 1)
+    assert fetches.release(2, 1, 0, 0) == []
+    (late,) = land_all(fetches)
+    assert (ids_of(late), late.part, late.left) == ([800], 2, 0)
+    for part in (1, 2):
+        assert fetches.release(2, 1, part, 0) == []
+    assert not any(pool.pins.any() for pool in fetches.pools)
+
+
+def test_a_prefetch_that_comes_when_its_layer_has_begun_is_answered_at_once() -> None:
+    fetches = early_reader()
+    assert fetches.release(2, 0, 0, 0) == []
+    (early,) = fetches.take(Fetch(9, 2, 1, True, 5, frame([1, 500])), 0)
+    assert (ids_of(early), early.left) == ([1], -1)
+
+
+@pytest.mark.parametrize("end", ["drop", "next step"])
+def test_what_was_sent_early_is_given_back_with_its_step(end: str) -> None:
+    fetches = early_reader()
+    prefetch(fetches, [4, 3], 2, 1)
+    assert fetches.release(2, 0, 0, 0)
+    if end == "drop":
+        fetches.drop(2)
+    else:
+        demand(fetches, [], 3, 0)
+        fetches.release(3, 0, 0, 0)
+        fill(fetches, [], 3, 1)
+    assert not any(pool.pins.any() for pool in fetches.pools)
+
+
+@pytest.mark.parametrize(("extras", "ids"), [("none", [4, 3]), ("ahead", range(NEURONS))])
+def test_nothing_is_sent_early(extras: str, ids: object) -> None:
+    """Without extras, or of a layer that is needed whole: that streams through its slots."""
+    fetches = reader(extras=extras)
+    fill(fetches, range(10), 1, 1)
+    demand(fetches, range(10), 2, 0)
+    prefetch(fetches, ids, 2, 1)
+    assert fetches.release(2, 0, 0, 0) == []

@@ -51,11 +51,11 @@ def take(fetches: Fetches, ids: object, step: int = 1, layer: int = 0) -> Reside
 def fill(fetches: Fetches, ids: object, step: int = 1, layer: int = 0) -> None:
     """Demands `ids`, lands and releases them."""
     take(fetches, ids, step, layer)
-    fetches.release(step, layer, 0)
+    fetches.release(step, layer, 0, 0)
     while groups := begun(fetches):
         for group in groups:
             (answer,) = fetches.land(group.tag, 0)
-            fetches.release(step, layer, answer.part)
+            fetches.release(step, layer, answer.part, 0)
 
 
 def test_misses_only():
@@ -101,7 +101,7 @@ def test_the_hits_of_a_whole_layer_are_several_parts():
     assert [part.left for part in parts] == [NEURONS - size, 100]
     assert [*ids_of(parts[0]), *ids_of(parts[1])] == list(range(slots))
     assert begun(fetches) == [], "all slots are with compute"
-    fetches.release(2, 0, 0)
+    fetches.release(2, 0, 0, 0)
     groups = begun(fetches)
     assert [i for group in groups for i in group.ids.tolist()] == list(range(slots, NEURONS))
     late = [fetches.land(group.tag, 0)[0] for group in groups]
@@ -129,7 +129,7 @@ def test_nothing_asked_is_one_empty_part():
     fetches = reader()
     (answer,) = fetches.take(fetch([]), 0)
     assert (answer.part, answer.left, ids_of(answer), slots_of(answer)) == (0, 0, [], [])
-    fetches.release(1, 0, 0)
+    fetches.release(1, 0, 0, 0)
     assert fetches.unknown_releases == 0
 
 
@@ -156,7 +156,7 @@ def test_a_whole_layer_streams_through_few_slots():
         (answer,) = fetches.land(waiting.pop(0).tag, 0)
         seen += ids_of(answer)
         assert answer.left == NEURONS - len(seen)
-        fetches.release(1, 0, answer.part)
+        fetches.release(1, 0, answer.part, 0)
     assert sorted(seen) == list(range(NEURONS))
     assert fetches.pools[0].evictions == NEURONS - 20
 
@@ -173,7 +173,7 @@ def test_no_slot_waits_for_a_release():
     fill(fetches, [0, 1, 2, 3])
     (hits,) = fetches.take(fetch([0, 1, 2, 3, 4], step=2), 0)
     assert begun(fetches) == []
-    fetches.release(2, 0, hits.part)
+    fetches.release(2, 0, hits.part, 0)
     (group,) = begun(fetches)
     assert group.ids.tolist() == [4]
 
@@ -183,7 +183,7 @@ def test_a_crumb_of_room_waits_for_more():
     fill(fetches, np.arange(190))
     (hits,) = fetches.take(fetch(np.arange(400), step=2), 0)
     assert begun(fetches) == [], "10 slots are free, but parts of 10 are not worth it"
-    fetches.release(2, 0, hits.part)
+    fetches.release(2, 0, hits.part, 0)
     assert [len(group.ids) for group in begun(fetches)] == [64, 64, 64]
 
 
@@ -212,7 +212,7 @@ def test_a_dropped_step_reads_nothing_more_and_keeps_what_lands():
     assert fetches.land(groups[1].tag, 0) == []
     assert begun(fetches) == []
     assert fetches.pools[0].room() == 20, "its parts are released"
-    fetches.release(1, 0, answer.part)
+    fetches.release(1, 0, answer.part, 0)
     assert fetches.unknown_releases == 1, "compute's Release crossed its Drop"
     (hits,) = fetches.take(fetch(np.arange(100), step=2), 0)
     assert ids_of(hits) == list(range(20))
@@ -235,7 +235,7 @@ def test_an_unreadable_bundle_ends_its_fetch_and_no_other():
     assert fetches.fail(second.tag, np.array([60]), "why") == [Unreadable(9, 1, 0, "why")]
     assert fetches.pools[0].slot_of[60] == -1
     assert fetches.pools[0].slot_of[61] >= 0, "its neighbours came right"
-    fetches.release(1, 0, answer.part)
+    fetches.release(1, 0, answer.part, 0)
     assert fetches.pools[0].room() == 100
     assert len(fetches.land(other.tag, 0)) == 1
     assert begun(fetches) == []
