@@ -79,7 +79,7 @@ def _settings(_: click.Context, option: click.Parameter, texts: tuple[str, ...])
 
 def _counts(_: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...]:
     """How many clients, from "1,2,4,8"."""
-    words = text.split(",") if text else []
+    words = [] if text is None else text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
         raise click.BadParameter(f"{text!r}: write numbers of clients, as 1,2,4,8", param=option)
     return tuple(dict.fromkeys(map(int, words)))

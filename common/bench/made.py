@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -239,12 +240,13 @@ def _fewer(
         pieces = _pieces(shape, made, "", some, Silent(), checkpoint)
         return _with_spare({piece.what: piece.bytes for piece in pieces})
 
-    left = list(names)
-    while (now := needed(left)) > free and len(left) > 1:
-        # Of those that take as much to leave out, the last.
-        others = [name for name in reversed(left) if name != "inflash"]
-        left.remove(min(others, key=lambda name: needed([one for one in left if one != name])))
-    return left, now
+    others = [name for name in names if name != "inflash"]
+    for count in range(len(others), -1, -1):
+        sets = [["inflash", *some] for some in itertools.combinations(others, count)]
+        best = min(sets, key=needed)
+        if needed(best) <= free:
+            break
+    return best, needed(best)
 
 
 def _with_spare(needed: Mapping[str, int]) -> int:

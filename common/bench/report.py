@@ -123,10 +123,12 @@ def _prefill(found: Figures) -> Iterator[str]:
     timed = {name: one for name, one in rows.items() if "failed" not in one}
     for name, one in rows.items():
         if name not in timed:
-            yield f"prefill: {TITLES[name]} failed: {one['failed']}"
+            yield f"a prompt of {tokens:,} tokens: {TITLES[name]} failed: {one['failed']}"
     for name in (name for name in OURS if name in timed):
         ours = timed[name]
-        said = [f"prefill: {TITLES[name]} takes {_s(ours)} to the first token after {tokens:,}"]
+        said = [
+            f"a prompt of {tokens:,} tokens: {TITLES[name]} takes {_s(ours)} to its first token"
+        ]
         for other in (other for other in RIVALS if other in timed):
             peer = PEERS.get(other, "inflash")
             if name == (peer if peer in timed else "inflash"):

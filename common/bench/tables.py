@@ -88,8 +88,7 @@ def prefill(found: Figures) -> Table:
 def clients(found: Figures) -> Table:
     """What several clients of one server get together."""
     table = _table(
-        f"clients of inflash at once, {PROMPT_TOKENS} tokens of prompt and {found['tokens']} of"
-        " answer each",
+        f"clients at once, {PROMPT_TOKENS} + {found['tokens']} tokens each",
         "clients", "tokens/s", "times the first", "slowest ÷ mean", "peak",
     )  # fmt: skip
     first = found["clients"][0].get("tokens_per_s")
