@@ -132,8 +132,9 @@ _COUNT = click.IntRange(1)
 @click.option(
     "--only",
     default="default",
+    show_default=True,
     metavar="NAMES",
-    help="Contenders and groups of them, of those above; inflash has to be one.",
+    help="Contenders and groups of them, of those above; inflash has to be among them.",
 )
 @click.option(
     "--set",
@@ -185,8 +186,8 @@ _COUNT = click.IntRange(1)
     type=click.Path(path_type=Path),
     default=Path(".bench"),
     show_default=True,
-    help="Folder for what is made: the model for the checkpoint, for the store and for F16 GGUF;"
-    " half of it for int8 and for Q8_0, a third for int4 and for Q4_0.",
+    help="Folder for what is made: three times the model for the default contenders, five times for"
+    " all of them.",
 )
 @click.option(
     "--keep/--remove",

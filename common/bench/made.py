@@ -20,6 +20,7 @@ import itertools
 import json
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,8 @@ from typing import Any
 
 from common.bench.contenders import why_absent
 from common.bench.names import GGUF, PACKED
+from common.bench.rivals.gguf import unfinished_gguf
+from common.bench.rivals.program import read_result
 from common.errors import StoreError, UserError
 from common.launch import CHECKOUT
 from common.lowrank import has_predictors
@@ -35,7 +38,7 @@ from common.model.convert import Report, Silent, convert
 from common.model.families import family_named, geometry_of
 from common.planted import checkpoint as planted_checkpoint
 from common.planted.check import measure
-from common.planted.checkpoint import make_checkpoint, tensor_shapes
+from common.planted.checkpoint import UNFINISHED_SUFFIX, make_checkpoint, tensor_shapes
 from common.planted.families import plant_of
 from common.planted.predictors import plant_predictors
 from common.planted.shapes import config_of
@@ -176,17 +179,28 @@ def _pieces(
         path = made.packed_store(packed)
         if not _is_store(path):
             what = f"the {packed} store" if packed else "the store"
-            left = 0 if path.exists() else shape.store_bytes(packed) - partial_bytes(path)
-            pieces.append(_Piece(what, max(0, left), partial(_make_store, made, packed, report)))
+            size = 0 if path.exists() else shape.store_bytes(packed)
+            size -= partial_bytes(path)  # taken up again
+            pieces.append(_Piece(what, max(0, size), partial(_make_store, made, packed, report)))
     for number_format in dict.fromkeys(GGUF[name] for name in names if name in GGUF):
-        if not made.gguf(number_format).exists():
+        path = made.gguf(number_format)
+        if not path.exists():
             what = f"the {number_format.upper()} GGUF file"
+            size = shape.gguf_bytes(number_format) - _bytes_of(unfinished_gguf(path))
             writing = partial(_make_gguf, made, number_format, python, report)
-            pieces.append(_Piece(what, shape.gguf_bytes(number_format), writing))
+            pieces.append(_Piece(what, max(0, size), writing))
     if (pieces or checkpoint or "accelerate" in names) and not made.checkpoint.exists():
+        left = made.checkpoint.with_name(made.checkpoint.name + UNFINISHED_SUFFIX)
+        size = shape.checkpoint_bytes - _bytes_of(left)
         planting = partial(_make_checkpoint, shape, made, report)
-        pieces.insert(0, _Piece("the checkpoint", shape.checkpoint_bytes, planting))
+        pieces.insert(0, _Piece("the checkpoint", max(0, size), planting))
     return pieces
+
+
+def _bytes_of(path: Path) -> int:
+    """Of an unfinished file or folder, which makes room for the next try; 0 if there is none."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _make_checkpoint(shape: Shape, made: Made, report: Report) -> None:
@@ -206,7 +220,7 @@ def _make_store(made: Made, packed: str, report: Report) -> None:
 def _make_gguf(made: Made, number_format: str, python: str, report: Report) -> None:
     path = made.gguf(number_format)
     report.note(f"writing {path} for llama.cpp")
-    write_gguf(made.checkpoint, path, python, number_format)
+    write_gguf(made.checkpoint, path, python, number_format, report)
 
 
 def check_room(
@@ -276,15 +290,30 @@ def gguf_absent(python: str) -> str:
     return why_absent(_gguf_command(python))
 
 
-def write_gguf(checkpoint: Path, path: Path, python: str, number_format: str) -> None:
+def write_gguf(
+    checkpoint: Path, path: Path, python: str, number_format: str, report: Report
+) -> None:
     """Writes the checkpoint as a GGUF file, by an interpreter that has the package."""
-    program = subprocess.run(
-        _gguf_command(python, checkpoint.absolute(), path.absolute(), number_format),
-        cwd=CHECKOUT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    if program.returncode:
-        why = (program.stderr.strip().splitlines() or ["it was killed"])[-1]
-        raise UserError(f"{path} was not written: {why}")
+    command = _gguf_command(python, checkpoint.absolute(), path.absolute(), number_format)
+    done = 0
+    with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
+        command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=errors, text=True
+    ) as program:  # fmt: skip
+        try:
+            for line in program.stdout or ():
+                told = read_result(line) or {}
+                if not done:
+                    report.start(told.get("total", 0), 0)
+                report.advance(told.get("done", done) - done)
+                done = told.get("done", done)
+        except BaseException:
+            program.kill()
+            raise
+        program.wait()
+        if program.returncode:
+            errors.seek(0)
+            why = (errors.read().strip().splitlines() or ["it was killed"])[-1]
+            raise UserError(f"{path} was not written: {why}")
 
 
 def _gguf_command(python: str, *arguments: str | Path) -> list[str | Path]:

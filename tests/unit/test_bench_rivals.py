@@ -346,22 +346,29 @@ class TestLlamaCpp:
         for ours, theirs in zip([block, *steps], expected[half - 1 :], strict=True):
             assert np.abs(ours - theirs).max() < 0.01 * largest
 
-    @pytest.mark.parametrize(("number_format", "off"), [("q8_0", 0.03), ("q4_0", 0.4)])
+    @pytest.mark.parametrize("number_format", ["q8_0", "q4_0"])
     @pytest.mark.parametrize("copies", [False, True])
-    def test_quantised_logits_are_those_of_transformers_nearly(
-        self, tmp_path: Path, number_format: str, off: float, copies: bool
+    def test_quantised_logits_are_those_of_the_weights_that_it_stands_for(
+        self, tmp_path: Path, number_format: str, copies: bool
     ) -> None:
         folder, path = save(tmp_path / "model", {"hidden_act": "silu"}), tmp_path / "model.gguf"
         note = gguf.write_gguf(folder, path, number_format)
         assert note == f"the same weights and activation; weights in {number_format.upper()}"
+        package, model = importlib.import_module("gguf"), load(folder).float().eval()
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                head = name == "lm_head.weight"
+                kind = package.GGMLQuantizationType["Q8_0" if head else number_format.upper()]
+                packed = package.quants.quantize(weight.detach().numpy(), kind)
+                weight.data = torch.from_numpy(package.quants.dequantize(packed, kind))
         with torch.inference_mode():
-            expected = load(folder).float()(torch.tensor([PROMPT])).logits[0, -1].numpy()
+            expected = model(torch.tensor([PROMPT])).logits[0, -1].numpy()
         with llama_cpp.opened(
             path, "mmap", context=8, prompt=len(PROMPT), threads=1, copies=copies
         ) as opened:
             ours = opened.decode(PROMPT).copy()
-        error = np.abs(ours - expected).max() / np.abs(expected).max()
-        assert 0 < error < off
+        # llama.cpp rounds activations to 8 bits, too.
+        assert np.abs(ours - expected).max() < 0.15 * np.abs(expected).max()
 
     def test_the_program_says_that_the_activation_differs(self, tmp_path: Path) -> None:
         folder, path = save(tmp_path / "model", {"hidden_act": "relu"}), tmp_path / "model.gguf"

@@ -114,7 +114,7 @@ def write_gguf(
     entries = _opt_entries(checkpoint) if model == "opt" else _llama_entries(checkpoint)
     tensors = [_written(gguf, checkpoint, entry, number_format) for entry in entries]
     note = _note(checkpoint) + (f"; weights in {number_format.upper()}" * (number_format != "f16"))
-    partial = path.with_name(path.name + ".partial")
+    partial = unfinished_gguf(path)
     writer = gguf.GGUFWriter(partial, "llama")
     try:
         writer.add_description(note)
@@ -144,6 +144,11 @@ def write_gguf(
         partial.unlink(missing_ok=True)
         raise
     return note
+
+
+def unfinished_gguf(path: Path) -> Path:
+    """Where a GGUF file is written before it is whole: what a killed run left is written over."""
+    return path.with_name(path.name + ".partial")
 
 
 def row_problem(number_format: str, width: int) -> str:
