@@ -80,6 +80,15 @@ def test_every_store_has_the_same_predictors(bench: Bench) -> None:
         assert all(np.array_equal(theirs[name], plain[name]) for name in plain)
 
 
+def test_stores_share_their_resident_files(bench: Bench) -> None:
+    for packed in FORMATS[1:]:
+        store = Store.open(bench.made.packed_store(packed))
+        for path in store.resident_paths():
+            assert path.samefile(bench.made.store / path.relative_to(store.path))
+        store.check_digests()
+        assert not list(store.path.rglob("*.link"))
+
+
 def test_the_plant_is_measured_in_each_store_once(bench: Bench) -> None:
     for packed in FORMATS:
         said: list[str] = []
