@@ -15,9 +15,12 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from common.bench.names import chosen
+from common.bench.options import Options
 from common.bench.picture import draw_report
 from common.bench.report import verdicts
-from common.bench.run import NAMES, Options, bench
+from common.bench.run import bench
+from common.bench.studies import PREFILL_TOKENS
 from common.bench.tables import tables
 from common.config import parse_size
 from common.errors import UserError
@@ -74,6 +77,14 @@ def _settings(_: click.Context, option: click.Parameter, texts: tuple[str, ...])
     return dict(text.split("=", 1) for text in texts)
 
 
+def _counts(_: click.Context, option: click.Parameter, text: str | None) -> tuple[int, ...]:
+    """How many clients, from "1,2,4,8"."""
+    words = [] if text is None else text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise click.BadParameter(f"{text!r}: write numbers of clients, as 1,2,4,8", param=option)
+    return tuple(dict.fromkeys(map(int, words)))
+
+
 _COUNT = click.IntRange(1)
 
 
@@ -89,7 +100,8 @@ _COUNT = click.IntRange(1)
     "--cap",
     callback=_size,
     metavar="SIZE",
-    help="Memory of each contender, all its processes. [default: half the checkpoint]",
+    help="Memory of each contender, all its processes. [default: half the checkpoint, or the least"
+    " that inflash runs in with a twentieth of the FFN cached]",
 )
 @click.option("--tokens", type=_COUNT, default=32, show_default=True, help="Timed in an answer.")
 @click.option(
@@ -117,7 +129,13 @@ _COUNT = click.IntRange(1)
     show_default=True,
     help="All contenders take turns so often.",
 )
-@click.option("--only", metavar="NAMES", help=f"Contenders, of {','.join(NAMES)}.")
+@click.option(
+    "--only",
+    default="default",
+    show_default=True,
+    metavar="NAMES",
+    help="Contenders and groups of them, of those above; inflash has to be among them.",
+)
 @click.option(
     "--set",
     "settings",
@@ -125,6 +143,17 @@ _COUNT = click.IntRange(1)
     multiple=True,
     metavar="KEY=VALUE",
     help="A setting of inflash's server, as cache=24%; may be repeated.",
+)
+@click.option(
+    "--prefill",
+    is_flag=True,
+    help=f"The time of a prompt of {PREFILL_TOKENS} tokens, of each, in a run of its own.",
+)
+@click.option(
+    "--clients",
+    callback=_counts,
+    metavar="COUNTS",
+    help="As 1,2,4,8: tokens/s of so many clients of one inflash server at once.",
 )
 @click.option("--ablation", is_flag=True, help="Measure each step from the naive way to this one.")
 @click.option(
@@ -157,7 +186,8 @@ _COUNT = click.IntRange(1)
     type=click.Path(path_type=Path),
     default=Path(".bench"),
     show_default=True,
-    help="Folder for checkpoint, store and GGUF: three times the model.",
+    help="Folder for what is made: three times the model for the default contenders, five times for"
+    " all of them.",
 )
 @click.option(
     "--keep/--remove",
@@ -173,7 +203,7 @@ _COUNT = click.IntRange(1)
 )
 def main(
     shape: str | None, config: Path | None, settings: dict[str, str],
-    only: str | None, json_file: Path | None, plot_file: Path | None, work: Path, keep: bool,
+    only: str, json_file: Path | None, plot_file: Path | None, work: Path, keep: bool,
     rival_python: str, cap: int | None, **given: Any,
 ) -> None:  # fmt: skip
     """Measure inflash beside others, on a checkpoint that it makes.
@@ -184,9 +214,18 @@ def main(
 
     \b
       inflash           a server with --memory at the cap; new prompts in a warm cache
+      inflash_int8      the same with int8 bundles, attention and head
+      inflash_int4      the same with int4, the head in int8
       accelerate        transformers with disk offload, the same checkpoint, the same cap
-      llama_cpp_mmap    llama.cpp on a GGUF of the same shape, mapped, the same cap
+      llama_cpp_mmap    llama.cpp on an F16 GGUF of the same shape, mapped, the same cap
       llama_cpp_ram     the same, all of it in memory, no cap
+      llama_cpp_q8_0    llama.cpp on the same shape in Q8_0, mapped, the same cap
+      llama_cpp_q4_0    in Q4_0, the head in Q8_0, mapped, the same cap
+
+    \b
+      default           inflash, accelerate, llama_cpp_mmap, llama_cpp_ram
+      packed            the two of ours and the two of llama.cpp with fewer bits
+      all               all eight
 
     Beside them stand the floors, measured in the same run: what this drive and this memory would
     need for a token's bytes alone. The report ends with what could not be enforced or measured.
@@ -199,15 +238,11 @@ def main(
 
     \b
       inflash bench --cap 7GB --json bench.json --plot bench.png
+      inflash bench --cap 7GB --only inflash,packed --prefill --clients 1,2,4,8
       inflash bench --shape opt-125m --set cache=24% --only inflash --ablation
     """
     if shape and config:
         raise click.UsageError("--shape and --config exclude each other")
-    names = tuple(only.split(",")) if only else NAMES
-    options = Options(
-        shape=config or shape or "opt-6.7b", work=work, cap_bytes=cap, names=names,
-        settings=settings, python=rival_python, remove=not keep, **given,
-    )  # fmt: skip
     report = Progressing()
     # As Ctrl-C does: contenders and their cgroup are not to outlive us.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -216,6 +251,10 @@ def main(
             check_output(json_file)
         if plot_file:
             check_picture(plot_file)
+        options = Options(
+            shape=config or shape or "opt-6.7b", work=work, cap_bytes=cap, names=chosen(only),
+            settings=settings, python=rival_python, remove=not keep, **given,
+        )  # fmt: skip
         with sentences("the bench stopped"):
             found = bench(options, report)
             if json_file:

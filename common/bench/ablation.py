@@ -99,7 +99,6 @@ def make_contenders(
         base: a server's settings beside those that steps choose.
     """
     store, placed = stores
-    kept = {key: value for key, value in base.items() if key not in STEPS_CHOOSE}
     found = []
     for step in steps:
         if step.absent:
@@ -109,9 +108,15 @@ def make_contenders(
             found.append(contenders.whole(step.name, store, asked, cap_bytes))
             continue
         where = placed if step.placed and placed else store
-        settings = kept | step.settings
+        settings = settings_of(step, base)
         found.append(contenders.inflash(step.name, where, asked, settings, cap_bytes, prompts=2))
     return found
+
+
+def settings_of(step: Step, base: Mapping[str, str]) -> dict[str, str]:
+    """A step's settings: its own, and those of `base` that steps do not choose."""
+    kept = {key: value for key, value in base.items() if key not in STEPS_CHOOSE}
+    return kept | (step.settings or {})
 
 
 def make_rows(steps: Sequence[Step], runs: Mapping[str, Sequence[Run]]) -> list[Figures]:

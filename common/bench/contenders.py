@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from common.bench import cage
+from common.bench.names import GGUF
 from common.bench.rivals.program import ABSENT, command, read_result
 from common.launch import CHECKOUT
 from common.segment import segment_path
 
-RIVALS = ("accelerate", "llama_cpp_mmap", "llama_cpp_ram")
 TIMEOUT_S = 2 * 3600.0  # of one run
+COPY_ROOM = 1.5  # of a GGUF file: weights, and what llama.cpp takes beside them
 
 _PROGRAMS = {
     "accelerate": ("accelerate", ["--offload", "none", "--cap", "1"]),
-    "llama_cpp_mmap": ("llama_cpp", ["--mode", "mmap"]),
-    "llama_cpp_ram": ("llama_cpp", ["--mode", "ram"]),
+    **{name: ("llama_cpp", ["--mode", "mmap"]) for name in GGUF},
     "plain": ("plain", []),
 }
 """Each rival's module, and the arguments of its own that it cannot be asked anything without."""
@@ -81,9 +81,12 @@ def inflash(
     *,
     prompts: int = 1,
     warm: bool = False,
+    clients: Sequence[int] = (),
 ) -> Contender:
-    """inflash with `settings`; asked `prompts` prompts, the first once more if `warm`."""
+    """inflash with `settings`; asked `prompts` prompts, the first once more if `warm`, then by so
+    many `clients` at once."""
     own = [f"--prompts={prompts}", *(["--warm"] if warm else [])]
+    own += [f"--clients={count}" for count in clients]
     own += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     program = [sys.executable, "-m", "common.bench.inflash", str(store.absolute())]
     return Contender(name, [*program, *work.arguments(), *own], cap_bytes, (store,), serves=True)
@@ -105,11 +108,14 @@ def accelerate(
     return Contender("accelerate", program, cap_bytes, (checkpoint,))
 
 
-def llama_cpp(mode: str, gguf: Path, work: Work, cap_bytes: int | None, python: str) -> Contender:
-    """llama.cpp; `mode` is mmap, or ram for all of it in memory."""
+def llama_cpp(name: str, gguf: Path, work: Work, cap_bytes: int | None, python: str) -> Contender:
+    """llama.cpp: all of the file in memory without a cap, else mapped, and copied in memory to the
+    order that its kernels like only where the cap has room for that."""
     program = command("llama_cpp", gguf.absolute(), python=python)
-    program += [*work.arguments(), "--mode", mode]
-    return Contender(f"llama_cpp_{mode}", program, cap_bytes, (gguf,))
+    program += [*work.arguments(), "--mode", "ram" if cap_bytes is None else "mmap"]
+    if cap_bytes is not None and COPY_ROOM * gguf.stat().st_size <= cap_bytes:
+        program.append("--copies")
+    return Contender(name, program, cap_bytes, (gguf,))
 
 
 def plain(checkpoint: Path, work: Work, python: str) -> Contender:
@@ -189,7 +195,9 @@ def _said(done: Run) -> str:
     if done.result is None:
         return done.problem
     times = done.result["ms_per_token"]
-    return f"{sum(times) / len(times):,.1f} ms a token"
+    return (
+        f"{sum(times) / len(times):,.1f} ms a token, the prompt {done.result['prefill_ms']:,.0f} ms"
+    )
 
 
 def _problem(outcome: cage.Outcome, cap_bytes: int | None, timeout_s: float) -> str:

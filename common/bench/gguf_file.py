@@ -1,5 +1,6 @@
-"""Writes a GGUF file as a program: `python -m common.bench.gguf_file [CHECKPOINT FILE]`, run by the
-interpreter that has the rivals' packages. Without arguments it only says whether it could.
+"""Writes a GGUF file as a program: `python -m common.bench.gguf_file [CHECKPOINT FILE FORMAT]`, run
+by the interpreter that has the rivals' packages. It prints a line of JSON after each tensor: bytes
+done, and their total. Without arguments it only says whether it could.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ def main(arguments: list[str]) -> int:
         return ABSENT
     if not arguments:
         return 0
-    checkpoint, path = map(Path, arguments)
+    checkpoint, path, number_format = arguments
     try:
-        print(json.dumps({"note": write_gguf(checkpoint, path)}))
+        write_gguf(Path(checkpoint), Path(path), number_format, _tell)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _tell(done: int, total: int) -> None:
+    print(json.dumps({"done": done, "total": total}), flush=True)
 
 
 if __name__ == "__main__":

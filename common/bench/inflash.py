@@ -7,6 +7,8 @@ one line of JSON as the rivals do (rivals/program.py), and beside it what each r
     warm        the same prompt and answer again
     rotating    other prompts of the same length, one after the other
 
+Then, with `--clients`, so many clients ask at once (clients.py): the cache is warm by then.
+
 Its figures are those of the rotating prompts: the cache is warm, and the text is new. Tokens are
 given, not chosen: what a planted model chooses by itself soon repeats, and repeats hit the cache.
 The rivals' figures do not depend on which token it is. No torch here: the cap counts this process.
@@ -23,10 +25,11 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from common.bench.clients import measure_clients
 from common.bench.processes import bytes_read, major_faults, peak_bytes
 from common.bench.rivals.program import Options, Result, Timed, main
 from common.errors import UserError
@@ -83,6 +86,7 @@ class Served(Result):
     memory_bytes: int  # that the plan divides
     cache_bytes: int
     cache_share: float  # of the FFN
+    clients: list[dict[str, Any]]  # a row for each --clients
 
 
 def contend(options: Options) -> Served:
@@ -101,6 +105,10 @@ def contend(options: Options) -> Served:
                 load_ms = (time.perf_counter() - start) * 1e3
                 forget_imports()
                 answered = [_ask(client, server, question) for question in questions]
+                together = [
+                    measure_clients(server.run_dir, count, options.tokens)
+                    for count in options.own.clients
+                ]
                 pids = {name: process.pid for name, process in server.processes.items()}
                 peaks = {name: peak_bytes(pid) for name, pid in pids.items()}
         except InflashError as error:
@@ -122,6 +130,7 @@ def contend(options: Options) -> Served:
         memory_bytes=plan.memory_bytes,
         cache_bytes=plan.cache_bytes,
         cache_share=plan.cache_bytes / store.geometry.ffn_bytes,
+        clients=together,
     )
 
 
@@ -230,6 +239,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", type=_setting, action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--prompts", type=int, default=1, help="the given one, and others drawn")
     parser.add_argument("--warm", action="store_true", help="the first prompt a second time")
+    parser.add_argument("--clients", type=int, action="append", default=[], help="so many at once")
 
 
 if __name__ == "__main__":

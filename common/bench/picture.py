@@ -11,8 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from rich.filesize import decimal
 
+from common.bench import names
 from common.bench.figures import Figures
-from common.bench.report import TITLES, UNCAPPED, ran
+from common.bench.report import TITLES, asked, ran
+from common.bench.studies import PREFILL_FIELD
 
 OURS, THEIRS, FREE = "#c44e52", "#4c72b0", "#a8b8d0"
 SEGMENTS = {
@@ -30,9 +32,13 @@ def draw_report(found: Figures, path: Path) -> None:
     """Writes the report's object (common/bench/run.py) as an image; the suffix of `path` says of
     which kind."""
     panels: list[tuple[Callable[[Axes, Figures], None], float]] = [
-        (_contenders, len(found["contenders"])),
+        (_contenders, len(asked(found))),
         (_token, 4),
     ]
+    if _prefilled(found):
+        panels.append((_prefill, len(_prefilled(found))))
+    if _served(found):
+        panels.append((_clients, 5))
     if any(ran(row) for row in found.get("ablation", ())):
         panels.append((_ablation, len(found["ablation"])))
     if any(ran(row) for row in found.get("growth", ())):
@@ -55,24 +61,30 @@ def _contenders(axes: Axes, found: Figures) -> None:
     _title(axes, "time for a token, median and quartiles", "ms, logarithmic")
     _logarithmic(axes)
     labels, times = [], []
-    for place, (name, figures) in enumerate(found["contenders"].items()):
-        uncapped = name in UNCAPPED
-        labels.append(TITLES[name] + ("\n(no cap)" if uncapped else ""))
+    for place, (name, figures) in enumerate(asked(found).items()):
+        labels.append(_row_title(name))
         if not ran(figures):
             continue
-        colour = OURS if name == "inflash" else FREE if uncapped else THEIRS
-        _bar_with_quartiles(axes, place, figures, colour)
+        _bar_with_quartiles(axes, place, figures, _colour(name))
         read = figures["bytes_per_token"]
         said = "" if read is None else f", {decimal(int(read))} read"
         _label(axes, figures["spread_ms"]["quartiles"][1], place,
                f"{figures['ms_per_token']:,.1f} ms{said}")  # fmt: skip
         times.append(figures["ms_per_token"])
     axes.set_xlim(min(times) / 2.5, max(times) * 12)
-    for place, figures in enumerate(found["contenders"].values()):
+    for place, figures in enumerate(asked(found).values()):
         if not ran(figures):
             what = "absent" if "absent" in figures else "failed"
             _label(axes, axes.get_xlim()[0], place, what, colour="grey")
     _rows(axes, labels)
+
+
+def _row_title(name: str) -> str:
+    return TITLES[name] + ("\n(no cap)" if name in names.UNCAPPED else "")
+
+
+def _colour(name: str) -> str:
+    return OURS if name in names.OURS else FREE if name in names.UNCAPPED else THEIRS
 
 
 def _token(axes: Axes, found: Figures) -> None:
@@ -104,6 +116,43 @@ def _segments(figures: Figures) -> list[float]:
     waits = figures["waits_ms"] or {"flash": figures["stall_ms"], "predictor": 0.0, "queue": 0.0}
     computing = max(0.0, figures["decode_ms"] - figures["stall_ms"])
     return [computing, waits["flash"], waits["predictor"], waits["queue"]]
+
+
+def _prefilled(found: Figures) -> Figures:
+    """The contenders that have a time for the long prompt."""
+    rows = found.get("prefill", {}).get("contenders", {})
+    return {name: row for name, row in rows.items() if "failed" not in row}
+
+
+def _prefill(axes: Axes, found: Figures) -> None:
+    tokens = found["prefill"]["tokens"]
+    _title(axes, f"time to the first token of a prompt of {tokens} tokens", "s")
+    rows = _prefilled(found)
+    for place, (name, row) in enumerate(rows.items()):
+        seconds = row[PREFILL_FIELD] / 1e3
+        axes.barh(place, seconds, color=_colour(name))
+        _label(axes, seconds, place, f"{seconds:,.2f} s")
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.2)
+    _rows(axes, [_row_title(name) for name in rows])
+
+
+def _served(found: Figures) -> list[Figures]:
+    return [row for row in found.get("clients", ()) if "failed" not in row]
+
+
+def _clients(axes: Axes, found: Figures) -> None:
+    _title(axes, "clients of inflash at once", "clients")
+    rows = _served(found)
+    counts, speeds = [row["n"] for row in rows], [row["tokens_per_s"] for row in rows]
+    axes.plot(counts, speeds, "o-", color=OURS)
+    for count, speed in zip(counts, speeds, strict=True):
+        axes.annotate(f"{speed:,.2f}", (count, speed), textcoords="offset points", xytext=(6, -12),
+                      fontsize=8)  # fmt: skip
+    axes.set_xticks(counts)
+    axes.margins(x=0.08)  # the last figure stands beside its point
+    axes.set_ylabel("tokens/s together")
+    axes.set_ylim(0, 1.15 * max(speeds))
+    axes.grid(alpha=0.3)
 
 
 def _ablation(axes: Axes, found: Figures) -> None:

@@ -12,16 +12,20 @@ from typing import Any
 from rich.filesize import decimal
 
 from common.bench.ablation import ROUNDS_MIN
-from common.bench.contenders import RIVALS
 from common.bench.figures import Figures
+from common.bench.names import NOT_ASKED, OURS, PACKED, PEERS, RIVALS, UNCAPPED
+from common.bench.studies import PREFILL_FIELD
 
 TITLES = {
     "inflash": "inflash",
+    "inflash_int8": "inflash, int8",
+    "inflash_int4": "inflash, int4",
     "accelerate": "accelerate, disk offload",
     "llama_cpp_mmap": "llama.cpp, mmap",
     "llama_cpp_ram": "llama.cpp, all in RAM",
+    "llama_cpp_q8_0": "llama.cpp Q8_0, mmap",
+    "llama_cpp_q4_0": "llama.cpp Q4_0, mmap",
 }
-UNCAPPED = ("llama_cpp_ram",)
 LOAD_MAX = 0.5  # of a core: above it something else was running
 
 
@@ -30,29 +34,57 @@ def ran(figures: Figures) -> bool:
     return "ms_per_token" in figures
 
 
+def asked(found: Figures) -> dict[str, Figures]:
+    """The contenders that were asked for, by name, in order."""
+    named = found["contenders"].items()
+    return {name: one for name, one in named if one.get("absent") != NOT_ASKED}
+
+
 def verdicts(found: Figures) -> list[str]:
     """The report's sentences, in order."""
     return [
         *_against_rivals(found),
         *_against_floors(found),
         *_requests(found),
+        *_prefill(found),
+        *_clients(found),
         *_studies(found),
         *_caveats(found),
     ]
 
 
 def _against_rivals(found: Figures) -> Iterator[str]:
-    ours = found["contenders"]["inflash"]
-    yield (
-        f"inflash: {_ms(ours)} a token under a cap of {decimal(found['cap_bytes'])}, with"
-        f" {_bytes(ours['bytes_per_token'])} read for each"
+    """Each of ours, and beside it the rivals with as many bits a number."""
+    run = {name: one for name, one in found["contenders"].items() if ran(one)}
+    under = f"under a cap of {decimal(found['cap_bytes'])}"
+    for name in (name for name in OURS if name in run):
+        ours = run[name]
+        yield (
+            f"{TITLES[name]}: {_ms(ours)} a token {under}, with {_bytes(ours['bytes_per_token'])}"
+            " read for each"
+        )
+        if name in PACKED:
+            yield f"{_compared(ours, run['inflash'])} inflash with all numbers in 16 bits"
+            yield _behaviour(ours, run["inflash"], found)
+        for other in RIVALS:
+            peer = PEERS.get(other, "inflash")
+            if other in run and name == (peer if peer in run else "inflash"):
+                theirs = run[other]
+                where = "without a cap" if other in UNCAPPED else "under the same cap"
+                yield f"{_compared(ours, theirs)} {TITLES[other]} {where} ({_ms(theirs)})"
+
+
+def _behaviour(ours: Figures, plain: Figures, found: Figures) -> str:
+    """Whether packed weights do what the plant is for: by the neurons that the servers counted."""
+    neurons = found["layers"] * found["neurons"]
+    (fired, named), (fired_plain, named_plain) = (
+        (one["fired_per_token"] / neurons, one["named_per_token"] / neurons)
+        for one in (ours, plain)
     )
-    for name in RIVALS:
-        theirs = found["contenders"][name]
-        if not ran(theirs):
-            continue
-        where = "without a cap" if name in UNCAPPED else "under the same cap"
-        yield f"{_compared(ours, theirs)} {TITLES[name]} {where} ({_ms(theirs)})"
+    return (
+        f"in it {fired:.1%} of the neurons fired and {named:.1%} were named, where in 16 bits it"
+        f" was {fired_plain:.1%} and {named_plain:.1%}"
+    )
 
 
 def _against_floors(found: Figures) -> Iterator[str]:
@@ -81,6 +113,45 @@ def _requests(found: Figures) -> Iterator[str]:
         f"{kind} {_ms(one)}, {_bytes(one['bytes_per_token'])} a token"
         for kind, one in kinds.items()
     )
+
+
+def _prefill(found: Figures) -> Iterator[str]:
+    """A long prompt: each that was asked it, and how ours stand to rivals of as many bits."""
+    if "prefill" not in found:
+        return
+    rows, tokens = found["prefill"]["contenders"], found["prefill"]["tokens"]
+    timed = {name: one for name, one in rows.items() if "failed" not in one}
+    for name, one in rows.items():
+        if name not in timed:
+            yield f"a prompt of {tokens:,} tokens: {TITLES[name]} failed: {one['failed']}"
+    for name in (name for name in OURS if name in timed):
+        ours = timed[name]
+        said = [
+            f"a prompt of {tokens:,} tokens: {TITLES[name]} takes {_s(ours)} to its first token"
+        ]
+        for other in (other for other in RIVALS if other in timed):
+            peer = PEERS.get(other, "inflash")
+            if name == (peer if peer in timed else "inflash"):
+                theirs = timed[other]
+                compared = _compared(ours, theirs, PREFILL_FIELD)
+                said.append(f"{compared} {TITLES[other]} ({_s(theirs)})")
+        yield "; ".join(said)
+
+
+def _clients(found: Figures) -> Iterator[str]:
+    rows = found.get("clients", ())
+    for row in rows:
+        who = "1 client" if row["n"] == 1 else f"{row['n']} clients"
+        if "failed" in row:
+            yield f"clients: {who} failed: {row['failed']}"
+            return  # one server had them all
+        speed = row["tokens_per_s"]
+        said = f"clients: {who}: {speed:,.2f} tokens/s together"
+        if row is not rows[0]:
+            said += f", {speed / rows[0]['tokens_per_s']:.2f} times what {rows[0]['n']} got"
+        if row["n"] > 1:
+            said += f"; the slowest had {row['slowest_share']:.2f} of their mean"
+        yield said
 
 
 def _studies(found: Figures) -> Iterator[str]:
@@ -118,7 +189,7 @@ def _cached(row: Figures) -> str:
 
 def _caveats(found: Figures) -> Iterator[str]:
     """What a reader has to know before believing the figures."""
-    for name, figures in found["contenders"].items():
+    for name, figures in asked(found).items():
         title = TITLES[name]
         if "absent" in figures:
             yield f"absent: {title}: {figures['absent']}"
@@ -126,9 +197,12 @@ def _caveats(found: Figures) -> Iterator[str]:
             yield f"failed: {title}: {figures['failed']}"
         else:
             yield from _contender_caveats(title, figures, found["cap_bytes"], name in UNCAPPED)
-    llama = [found["contenders"][name] for name in RIVALS if name.startswith("llama_cpp")]
-    if notes := {one["note"] for one in llama if ran(one) and one["note"]}:
-        yield f"llama.cpp: {'; '.join(sorted(notes))}"
+    llama = [one for name, one in asked(found).items() if name.startswith("llama_cpp") and ran(one)]
+    # The quantised files' notes say more than the others'.
+    notes = sorted({one["note"] for one in llama if one["note"]})
+    for note in notes:
+        if not any(other != note and other.startswith(note) for other in notes):
+            yield f"llama.cpp: {note}"
     if found["rounds"] < ROUNDS_MIN:
         yield (
             f"rounds: {found['rounds']}: what the machine did between two runs is not told apart"
@@ -168,17 +242,21 @@ def _contender_caveats(title: str, figures: Figures, cap: int, uncapped: bool) -
         yield f"{title}: this system does not count the bytes that it read"
 
 
-def _compared(ours: Figures, theirs: Figures) -> str:
+def _compared(ours: Figures, theirs: Figures, field: str = "ms_per_token") -> str:
     """What the two medians say of each other, if their quartiles do not overlap."""
     (low, high), (other_low, other_high) = (
         figures["spread_ms"]["quartiles"] for figures in (ours, theirs)
     )
     if low <= other_high and other_low <= high:
         return "within the spread it is as fast as"
-    ratio = theirs["ms_per_token"] / ours["ms_per_token"]
+    ratio = theirs[field] / ours[field]
     if ratio > 1:
         return f"it is {ratio:.1f} times as fast as"
     return f"it takes {1 / ratio:.1f} times as long as"
+
+
+def _s(figures: Figures) -> str:
+    return f"{figures[PREFILL_FIELD] / 1e3:,.2f} s"
 
 
 def _ms(figures: Figures) -> str:

@@ -12,7 +12,6 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,65 +19,50 @@ import numpy as np
 
 from common import probes
 from common.bench import ablation, contenders, floors, made, studies
-from common.bench.contenders import RIVALS, Contender, Work, run_rounds
+from common.bench.caps import check_cap, default_cap
+from common.bench.contenders import Contender, Work, run_rounds
 from common.bench.figures import Figures, summarise, summarise_inflash
 from common.bench.made import Made, Shape, shape_of
+from common.bench.names import GGUF, NAMES, NOT_ASKED, OURS, PACKED, UNCAPPED
+from common.bench.options import (
+    Options,
+    capped_runs,
+    check,
+    clients_context,
+    prefill_context,
+    server_settings,
+)
+from common.bench.studies import PREFILL_FIELD, PREFILL_TOKENS
 from common.cgroup import machine_bytes
-from common.config import read_settings
-from common.errors import SettingError, UserError
+from common.errors import UserError
 from common.model.convert import Report
-from common.plan import make_plan
 from common.store.store import Store
 from common.system import cores, processor
 from inflash import __version__
 
-NAMES = ("inflash", *RIVALS)
 SERIAL = "inflash, no look-ahead"
-CAP_SHARE = 2  # the default cap is half of the checkpoint
-CAP_BYTES_MIN = 1_200_000_000  # processes and their libraries take half of that
+CLIENTS = "inflash, several clients"
 PROMPT_SEED = 7
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a bench is to do."""
-
-    shape: str | Path  # a name, or a config.json
-    work: Path
-    cap_bytes: int | None = None  # None: half of the checkpoint
-    tokens: int = 32  # of an answer
-    rival_tokens: int = 8  # of whoever reads the whole model for each
-    prompt: int = 64  # tokens
-    prompts: int = 3
-    rounds: int = 3
-    names: tuple[str, ...] = NAMES  # of contenders
-    settings: Mapping[str, str] = field(default_factory=dict)  # of inflash's server
-    python: str = ""  # interpreter that has the rivals' packages
-    ablation: bool = False
-    placed: Path | None = None  # a store of the same model, made with `convert --placement`
-    growth: bool = False
-    context_cost: bool = False
-    everything_cached: bool = False
-    remove: bool = False  # what was made, at the end
 
 
 def bench(options: Options, report: Report) -> Figures:
     """The report's object. `UserError` for what cannot be done, as far as it can be known before
     the work."""
     shape = shape_of(options.shape)
-    cap_bytes = options.cap_bytes or default_cap(shape)
-    check(options, shape, cap_bytes)
+    check(options, shape)
+    cap_bytes = options.cap_bytes or default_cap(shape, capped_runs(options, shape, None))
+    check_cap(shape, cap_bytes, capped_runs(options, shape, cap_bytes))
+    if options.cap_bytes is None:
+        report.note(f"a cap of {cap_bytes:,} bytes")
     absent = _absent(options)
-    rivals = [name for name, why in absent.items() if not why]
     facts = machine()  # before any work of ours is the machine's load
     options.work.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inflash-bench-")))
         ready = made.make(
             shape, options.work, options.python,
-            checkpoint="accelerate" in rivals or options.everything_cached,
-            gguf=any(name.startswith("llama_cpp") for name in rivals),
-            report=report,
+            [name for name in options.names if not absent.get(name)], report,
+            checkpoint=options.everything_cached,
         )  # fmt: skip
         if options.remove:
             stack.callback(shutil.rmtree, ready.folder)
@@ -86,40 +70,9 @@ def bench(options: Options, report: Report) -> Figures:
         return found | {"machine": facts}
 
 
-def default_cap(shape: Shape) -> int:
-    """Bytes of memory where none were asked for."""
-    return max(CAP_BYTES_MIN, shape.checkpoint_bytes // CAP_SHARE)
-
-
-def check(options: Options, shape: Shape, cap_bytes: int) -> None:
-    """`UserError` for options that cannot go together, or that no server would take."""
-    unknown = [name for name in options.names if name not in NAMES]
-    if unknown:
-        raise UserError(f"--only: {', '.join(unknown)}: there are {', '.join(NAMES)}")
-    if "inflash" not in options.names:
-        raise UserError("--only: inflash is what the others are measured beside; name it, too")
-    needed = options.prompt + options.tokens + 1
-    if needed > shape.context:
-        raise UserError(
-            f"a prompt of {options.prompt:,} tokens and an answer of {options.tokens + 1:,} do not"
-            f" fit into the context of {shape.name}, {shape.context:,}: choose smaller ones"
-        )
-    if cap_bytes > machine_bytes():
-        raise UserError(
-            f"--cap: {cap_bytes:,} bytes are more than this machine has, {machine_bytes():,}"
-        )
-    for key in ("store", "run_dir", "threads", "parent"):
-        if key in options.settings:
-            raise UserError(f"--set: {key} is the bench's own to choose")
-    environ = {f"INFLASH_{key.upper()}": value for key, value in options.settings.items()}
-    read_settings(environ | {"INFLASH_STORE": "unmade"})  # raises and names the key
-    if options.placed is not None:
-        Store.open(options.placed)
-
-
 def _absent(options: Options) -> dict[str, str]:
     """Of each rival that is asked for, why it cannot be run at all; "" if it can."""
-    asked = [name for name in options.names if name != "inflash"]
+    asked = [name for name in options.names if name not in OURS]
     absent = {name: contenders.absent(name, options.python) for name in asked}
     llama = [name for name in asked if name.startswith("llama_cpp") and not absent[name]]
     if llama:
@@ -136,18 +89,18 @@ class _Bench:
         self.options, self.shape, self.made, self.cap = options, shape, ready, cap
         self.scratch, self.report = scratch, report
         self.store = Store.open(ready.store)
-        # The promise that is measured: all of inflash in no more than the cap; room for as many
-        # tokens as the others make room for.
-        context = options.prompt + options.tokens + 1
-        self.settings = {"memory": f"{cap}", "context": f"{context}"} | dict(options.settings)
+        self.settings = self._settings_for(options.prompt + options.tokens + 1)
         self.cores = cores()
         self.runs = functools.partial(run_rounds, rounds=options.rounds, tell=report.note)
 
     def run(self, absent: Mapping[str, str]) -> Figures:
-        self._check_fits()
         found = self._head()
-        found["planted"] = made.check_planted(self.made, self.report.note)
+        found["planted"] = self._planted()
         found |= self._contenders(absent)
+        if self.options.prefill:
+            found["prefill"] = self._prefill(found["contenders"])
+        if self.options.clients:
+            found["clients"] = self._clients()
         if self.options.ablation:
             found["ablation"] = self._ablation()
         if self.options.context_cost:
@@ -160,19 +113,6 @@ class _Bench:
         if self.options.growth:
             found["growth"] = list(self._growth())
         return found
-
-    def _check_fits(self) -> None:
-        """`UserError` if a server would refuse the cap, with the smallest that would work, or if
-        the placed store is of another model."""
-        environ = {f"INFLASH_{key.upper()}": value for key, value in self.settings.items()}
-        environ["INFLASH_STORE"] = str(self.made.store)
-        try:
-            make_plan(read_settings(environ), self.store)
-        except SettingError as error:
-            raise UserError(f"inflash cannot run under the cap of {self.cap:,}: {error}") from None
-        placed = self.options.placed
-        if placed is not None and Store.open(placed).geometry != self.store.geometry:
-            raise UserError(f"--placed: {placed} is not a store of {self.shape.name}")
 
     def _head(self) -> Figures:
         options, geometry = self.options, self.store.geometry
@@ -193,30 +133,38 @@ class _Bench:
             "settings": dict(options.settings),
         }
 
+    def _planted(self) -> list[Figures]:
+        """The plant's rows; `measured_int8` is what a packed store was measured to be."""
+        rows = made.check_planted(self.made, "", self.report.note)
+        for packed in (PACKED[name] for name in self.options.names if name in PACKED):
+            theirs = made.check_planted(self.made, packed, self.report.note)
+            for row, other in zip(rows, theirs, strict=True):
+                row[f"measured_{packed}"] = other["measured"]
+        return rows
+
     def _contenders(self, absent: Mapping[str, str]) -> Figures:
         """The comparison, and the floors of what inflash did in it."""
-        options, work = self.options, self._work(self.options.tokens)
+        options = self.options
+        ours = [name for name in options.names if name in OURS]
         ask = functools.partial(
-            contenders.inflash, store=self.made.store, work=work, cap_bytes=self.cap,
-            prompts=options.prompts, warm=True,
-        )  # fmt: skip
-        own = [
-            ask("inflash", settings=self.settings),
-            ask(SERIAL, settings=self.settings | {"lookahead": "off"}),
-        ]
-        rivals = [self._rival(name) for name, why in absent.items() if not why]
-        runs = self.runs([*own, *rivals])
-        measured, serial = (summarise_inflash(runs[one.name]) for one in own)
+            self._ours, work=self._work(options.tokens), prompts=options.prompts, warm=True
+        )
+        own = [ask("inflash", self.settings), ask(SERIAL, self.settings | {"lookahead": "off"})]
+        own += [ask(name, self.settings) for name in ours[1:]]
+        work = self._work(options.rival_tokens)
+        runs = self.runs([*own, *(self._rival(name, work) for name in self._present(absent))])
+        measured, serial = (summarise_inflash(runs[name]) for name in ("inflash", SERIAL))
         for figures in (measured, serial):
             if "failed" in figures:
                 raise UserError(f"inflash did not run: {figures['failed']}")
         self.report.note("measuring the floors: drive and memory")
         drive, memory = probes.measure_drive(self.made.store), probes.measure_memory()
         limits = floors.make_floors(self.store, measured, drive, memory)
-        result: Figures = {"inflash": measured}
-        for name in RIVALS:
-            why = absent.get(name, "not asked for")
-            result[name] = {"absent": why} if why else summarise(runs[name])
+        result: Figures = {}
+        for name in NAMES:
+            why = absent.get(name, "" if name in options.names else NOT_ASKED)
+            sum_up = summarise_inflash if name in OURS else summarise
+            result[name] = {"absent": why} if why else sum_up(runs[name])
         return {
             "contenders": result,
             "floors": limits,
@@ -227,14 +175,52 @@ class _Bench:
             ),
         }
 
-    def _rival(self, name: str) -> Contender:
-        python, work = self.options.python, self._work(self.options.rival_tokens)
+    def _prefill(self, result: Figures) -> Figures:
+        """A long prompt's time of each contender that has run; it goes into `result`, too."""
+        self.report.note(f"a prompt of {PREFILL_TOKENS} tokens")
+        work = self._work_of(PREFILL_TOKENS, 1)
+        settings = self._settings_for(prefill_context()) | {"reuse": "off"}
+        asked = [
+            self._ours(name, settings, work) if name in OURS else self._rival(name, work)
+            for name, figures in result.items()
+            if "ms_per_token" in figures
+        ]
+        found = studies.prefill(asked, self.runs)
+        for name, figures in found.items():
+            result[name][PREFILL_FIELD] = figures.get(PREFILL_FIELD)
+        return {"tokens": PREFILL_TOKENS, "contenders": found}
+
+    def _clients(self) -> list[Figures]:
+        counts = self.options.clients
+        self.report.note(f"{', '.join(map(str, counts))} clients at once")
+        settings = self._settings_for(clients_context(self.options))
+        asked = contenders.inflash(
+            CLIENTS, self.made.store, self._work(self.options.tokens), settings, self.cap,
+            clients=counts,
+        )  # fmt: skip
+        return studies.clients(asked, counts, self.runs)
+
+    def _present(self, absent: Mapping[str, str]) -> list[str]:
+        """The rivals that can run."""
+        return [name for name, why in absent.items() if not why]
+
+    def _ours(self, name: str, settings: Mapping[str, str], work: Work, **how: Any) -> Contender:
+        """One of ours under the cap, by its name on the store that is packed so."""
+        packed = PACKED.get(name, "")
+        own = {"resident": packed} if packed else {}
+        store = self.made.packed_store(packed)
+        return contenders.inflash(name, store, work, {**settings, **own}, self.cap, **how)
+
+    def _rival(self, name: str, work: Work) -> Contender:
+        python = self.options.python
         if name == "accelerate":
             offload = self.scratch / "offload"
             return contenders.accelerate(self.made.checkpoint, offload, work, self.cap, python)
-        mode = name.removeprefix("llama_cpp_")
-        cap = None if mode == "ram" else self.cap
-        return contenders.llama_cpp(mode, self.made.gguf, work, cap, python)
+        cap = None if name in UNCAPPED else self.cap
+        return contenders.llama_cpp(name, self.made.gguf(GGUF[name]), work, cap, python)
+
+    def _settings_for(self, context: int) -> dict[str, str]:
+        return server_settings(self.options, self.cap, context)
 
     def _ablation(self) -> list[Figures]:
         placed = self.options.placed
@@ -262,7 +248,7 @@ class _Bench:
         for name in studies.growing_shapes(self.shape):
             shape = shape_of(name)
             self.report.note(f"growth: {name}")
-            ready = made.make(shape, options.work, options.python, False, False, self.report)
+            ready = made.make(shape, options.work, options.python, (), self.report)
             work = self._work_of(options.prompt, options.tokens, shape=shape)
             yield studies.growth_row(shape, ready, work, self.runs)
             if options.remove and ready.folder != self.made.folder:

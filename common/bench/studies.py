@@ -1,22 +1,67 @@
-"""Studies beside the comparison: growth with the model, cost of context, cost of the processes."""
+"""Studies beside the comparison: a long prompt, several clients, growth with the model, cost of
+context, cost of the processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from common.bench import contenders
 from common.bench.contenders import Contender, Run, Work
-from common.bench.figures import Figures, summarise, summarise_inflash
+from common.bench.figures import Figures, spread, summarise, summarise_inflash
 from common.bench.made import Made, Shape
 
 GROWING = ("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b")
 GROWTH_CACHE = "24%"  # of the FFN, for every shape: as published
 SHORT_CONTEXT = 16  # tokens
 LONG_CONTEXT = 2048
+PREFILL_TOKENS = 512
+PREFILL_FIELD = f"prefill_{PREFILL_TOKENS}_ms"
 
 Runs = Callable[[list[Contender]], Mapping[str, list[Run]]]
 """Runs contenders by turns; by name."""
+
+
+def prefill(asked: list[Contender], runs: Runs) -> Figures:
+    """The time to the first token of a prompt of PREFILL_TOKENS, by contender's name; each is asked
+    it once, right after it has started."""
+    found = runs(asked)
+    return {one.name: _prefill(found[one.name]) for one in asked}
+
+
+def _prefill(done: Sequence[Run]) -> Figures:
+    figures = summarise(done)
+    if "failed" in figures:
+        return figures
+    times = [run.result["prefill_ms"] for run in done if run.result is not None]
+    return {
+        PREFILL_FIELD: statistics.median(times),
+        "spread_ms": spread(times),
+        "peak_bytes": figures["peak_bytes"],
+        "not_enforced": figures["not_enforced"],
+    }
+
+
+def clients(contender: Contender, counts: Sequence[int], runs: Runs) -> list[Figures]:
+    """Tokens a second by how many clients ask at once: a row for each of `counts`, which the
+    contender was made with; medians of the rounds, and the smallest share."""
+    done = runs([contender])[contender.name]
+    figures = summarise(done)
+    if "failed" in figures:
+        return [{"n": count, "failed": figures["failed"]} for count in counts]
+    rounds = [run.result["clients"] for run in done if run.result is not None]
+    rows = []
+    for same in zip(*rounds, strict=True):
+        speeds = [row["tokens_per_s"] for row in same]
+        rows.append({
+            "n": same[0]["n"],
+            "tokens_per_s": statistics.median(speeds),
+            "slowest_share": min(row["slowest_share"] for row in same),
+            "round_tokens_per_s": speeds,
+            "peak_bytes": figures["peak_bytes"],
+        })  # fmt: skip
+    return rows
 
 
 def growing_shapes(shape: Shape) -> list[str]:

@@ -8,8 +8,11 @@ from typing import Any
 from rich.filesize import decimal
 from rich.table import Table
 
+from common.bench.clients import PROMPT_TOKENS
 from common.bench.figures import Figures
-from common.bench.report import TITLES, ran
+from common.bench.names import PACKED
+from common.bench.report import TITLES, asked, ran
+from common.bench.studies import PREFILL_FIELD
 
 NONE = "–"
 
@@ -18,6 +21,10 @@ def tables(found: Figures) -> Iterator[Table]:
     """All tables that the object has rows for, in order."""
     yield planted(found)
     yield contenders(found)
+    if "prefill" in found:
+        yield prefill(found)
+    if "clients" in found:
+        yield clients(found)
     if "ablation" in found:
         yield ablation(found)
     if "growth" in found:
@@ -25,11 +32,15 @@ def tables(found: Figures) -> Iterator[Table]:
 
 
 def planted(found: Figures) -> Table:
-    """The plant: published, planted, measured."""
-    table = _table(f"{found['shape']}: the plant", "what", "published", "planted", "measured")
+    """The plant: published, planted, measured; and measured in each packed store."""
+    keys = ["published", "planted", "measured"]
+    keys += [
+        key for key in map("measured_{}".format, PACKED.values()) if key in found["planted"][0]
+    ]
+    title = f"{found['shape']}: the plant"
+    table = _table(title, "what", *(key.replace("measured_", "in ") for key in keys))
     for row in found["planted"]:
-        figures = (row[key] for key in ("published", "planted", "measured"))
-        table.add_row(row["what"], *map(percent, figures))
+        table.add_row(row["what"], *(percent(row[key]) for key in keys))
     return table
 
 
@@ -39,7 +50,7 @@ def contenders(found: Figures) -> Table:
         f"a token, cap {decimal(found['cap_bytes'])}",
         "contender", "ms", "quartiles", "min–max", "tokens", "peak", "read a token",
     )  # fmt: skip
-    named = [(TITLES[name], figures) for name, figures in found["contenders"].items()]
+    named = [(TITLES[name], figures) for name, figures in asked(found).items()]
     named.insert(1, ("inflash, look-ahead off", found["serial"]))
     for title, figures in named:
         if ran(figures):
@@ -51,6 +62,45 @@ def contenders(found: Figures) -> Table:
     table.add_section()
     table.add_row("floor: reads", f"{floors['read_ms']:,.1f}")
     table.add_row("floor: products", f"{floors['compute_ms']:,.1f}")
+    return table
+
+
+def prefill(found: Figures) -> Table:
+    """The time to the first token of a long prompt."""
+    tokens = found["prefill"]["tokens"]
+    table = _table(
+        f"a prompt of {tokens} tokens, cap {decimal(found['cap_bytes'])}",
+        "contender", "s to the first token", "min–max", "tokens/s", "peak",
+    )  # fmt: skip
+    for name, row in found["prefill"]["contenders"].items():
+        if "failed" in row:
+            table.add_row(TITLES[name], "failed")
+            continue
+        ms, ends = row[PREFILL_FIELD], row["spread_ms"]
+        table.add_row(
+            TITLES[name], f"{ms / 1e3:,.2f}",
+            f"{ends['min'] / 1e3:,.2f}–{ends['max'] / 1e3:,.2f}",
+            f"{1e3 * tokens / ms:,.1f}", size(row["peak_bytes"]),
+        )  # fmt: skip
+    return table
+
+
+def clients(found: Figures) -> Table:
+    """What several clients of one server get together."""
+    table = _table(
+        f"clients at once, {PROMPT_TOKENS} + {found['tokens']} tokens each",
+        "clients", "tokens/s", "times the first", "slowest ÷ mean", "peak",
+    )  # fmt: skip
+    first = found["clients"][0].get("tokens_per_s")
+    for row in found["clients"]:
+        if "failed" in row:
+            table.add_row(f"{row['n']}", "failed")
+            continue
+        speed = row["tokens_per_s"]
+        table.add_row(
+            f"{row['n']}", number(speed), number(speed / first, "×"),
+            number(row["slowest_share"]), size(row["peak_bytes"]),
+        )  # fmt: skip
     return table
 
 

@@ -25,13 +25,14 @@ def test_a_bench_of_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     few = ("--seconds", "0.05", "--depth", "32", "--bundles", "1")
     monkeypatch.setattr(probes, "measure_drive", lambda store: drive(store, *few))
     config, work = tmp_path / "tiny.json", tmp_path / "work"
-    config.write_text(json.dumps(SMALL))
+    config.write_text(json.dumps(SMALL | {"max_position_embeddings": 600}))
     files = {name: tmp_path / name for name in ("bench.json", "bench.png")}
     result = CliRunner().invoke(
         bench_command,
         ["--config", f"{config}", "--cap", "1GB", "--set", "cache=25%", "--work", f"{work}",
          "--tokens", "4", "--rival-tokens", "2", "--prompt", "16", "--prompts", "2",
-         "--rounds", "1", "--only", "inflash,accelerate",
+         "--rounds", "1", "--only", "inflash,inflash_int8,accelerate", "--prefill",
+         "--clients", "1,2",
          "--json", f"{files['bench.json']}", "--plot", f"{files['bench.png']}"],
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
@@ -52,6 +53,15 @@ def test_a_bench_of_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["contenders"]["llama_cpp_mmap"] == {"absent": "not asked for"}
     rival = found["contenders"]["accelerate"]
     assert "pip install accelerate" in rival.get("absent", "") or rival["ms_per_token"] > 0
+    packed = found["contenders"]["inflash_int8"]
+    assert packed["ms_per_token"] > 0
+    assert packed["fired_per_token"] == pytest.approx(ours["fired_per_token"], rel=0.2)
+    assert packed["named_per_token"] == pytest.approx(ours["named_per_token"], rel=0.2)
+    assert ours["prefill_512_ms"] == found["prefill"]["contenders"]["inflash"]["prefill_512_ms"]
+    assert packed["prefill_512_ms"] > 0
+    assert [row["n"] for row in found["clients"]] == [1, 2]
+    assert all(row["tokens_per_s"] > 0 for row in found["clients"])
+    assert all(0 < row["slowest_share"] <= 1 for row in found["clients"])
     limits = found["floors"]
     assert limits["read_ms"] > 0
     assert limits["compute_ms"] > 0
@@ -62,6 +72,7 @@ def test_a_bench_of_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     planted = {row["what"]: row for row in found["planted"]}
     assert planted["neurons that fire"]["measured"] == pytest.approx(0.033, abs=0.015)
     assert "look-ahead" in result.stdout
-    assert "absent" in result.stdout
+    assert "not asked for" not in result.stdout
     (made,) = work.iterdir()
-    assert {path.name for path in made.iterdir()} >= {"checkpoint", "store", "planted.json"}
+    names = {"checkpoint", "store", "store-int8", "planted.json", "planted-int8.json"}
+    assert {path.name for path in made.iterdir()} >= names

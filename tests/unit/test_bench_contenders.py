@@ -10,6 +10,7 @@ import pytest
 from common.bench import contenders
 from common.bench.contenders import Contender, Run, run, run_rounds
 from common.bench.made import gguf_absent
+from common.bench.names import RIVALS
 from tests.unit.test_bench_figures import result_of, run_of
 
 RESULT = result_of([1.0, 2.0])
@@ -40,9 +41,9 @@ def test_one_that_failed_is_not_run_again() -> None:
     runs = run_rounds([contender(n) for n in "ab"], 2, said.append, once)
     assert (len(runs["a"]), len(runs["b"])) == (2, 1)
     assert said == [
-        "round 1 of 2: a: 1.5 ms a token",
+        "round 1 of 2: a: 1.5 ms a token, the prompt 1 ms",
         "round 1 of 2: b: it was killed",
-        "round 2 of 2: a: 1.5 ms a token",
+        "round 2 of 2: a: 1.5 ms a token, the prompt 1 ms",
     ]
 
 
@@ -79,7 +80,7 @@ def bare_python(folder: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("rival", [*contenders.RIVALS, "plain"])
+@pytest.mark.parametrize("rival", [*RIVALS, "plain"])
 def test_a_rival_without_its_packages_is_absent(rival: str, tmp_path: Path) -> None:
     why = contenders.absent(rival, bare_python(tmp_path))
     assert "not installed: pip install" in why or "No module named" in why, why
@@ -104,8 +105,23 @@ def test_a_gguf_file_takes_its_package() -> None:
 
 def test_commands_are_one_word_each(tmp_path: Path) -> None:
     work = contenders.Work(tmp_path / "ids.json", 4, 2)
-    one = contenders.inflash("x", tmp_path, work, {"cache": "24%"}, 5, prompts=3, warm=True)
+    one = contenders.inflash(
+        "x", tmp_path, work, {"cache": "24%"}, 5, prompts=3, warm=True, clients=(1, 8)
+    )
     assert all(isinstance(word, str) for word in one.command)
     assert one.command[one.command.index("--set") + 1] == "cache=24%"
-    assert {"--prompts=3", "--warm"} <= set(one.command)
+    assert {"--prompts=3", "--warm", "--clients=1", "--clients=8"} <= set(one.command)
     assert one.serves
+
+
+def test_llama_cpp_copies_mapped_weights_only_where_the_cap_has_room(tmp_path: Path) -> None:
+    work, path = contenders.Work(tmp_path / "ids.json", 4, 2), tmp_path / "model.gguf"
+    path.write_bytes(bytes(1000))
+
+    def command(cap_bytes: int | None) -> list[str]:
+        return contenders.llama_cpp("llama_cpp_q4_0", path, work, cap_bytes, "python").command
+
+    assert "--copies" in command(1500)
+    assert "--copies" not in command(1499)
+    assert command(1499)[-1] == "mmap"
+    assert command(None)[-1] == "ram", "nothing is mapped: llama.cpp copies as it likes"

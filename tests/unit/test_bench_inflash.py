@@ -25,7 +25,7 @@ IDS = 300
 
 
 def options(prompts: int, warm: bool, tokens: int = 4) -> Options:
-    own = argparse.Namespace(prompts=prompts, warm=warm, set=[])
+    own = argparse.Namespace(prompts=prompts, warm=warm, set=[], clients=[])
     return Options(Path("store"), [5, 6, 7], tokens, 1, own)
 
 

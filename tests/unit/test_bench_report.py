@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from common.bench.figures import spread, summarise, summarise_inflash
+from common.bench.names import NOT_ASKED
 from common.bench.picture import draw_report
 from common.bench.report import verdicts
 from common.bench.tables import tables
@@ -34,6 +35,9 @@ def found() -> dict[str, Any]:
     """A report in which everything is there, and all goes well."""
     return {
         "shape": "opt-6.7b",
+        "layers": 2,
+        "neurons": 50,
+        "tokens": 32,
         "cap_bytes": 7_000_000_000,
         "checkpoint_bytes": 13_000_000_000,
         "planted": [{"what": "fire", "published": 0.033, "planted": None, "measured": 0.0312}],
@@ -140,6 +144,87 @@ def add_studies(found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def add_packed(found: dict[str, Any]) -> dict[str, Any]:
+    """Every contender, a long prompt, several clients."""
+    plain = found["contenders"]
+    for figures in (plain["inflash"], found["serial"]):
+        figures |= {"fired_per_token": 3.3, "named_per_token": 10.0}
+    note = "a Llama of the same shape"
+    plain |= {
+        "inflash_int8": served([60.0, 66.0]) | {"fired_per_token": 3.2, "named_per_token": 9.9},
+        "inflash_int4": {"failed": "it was killed"},
+        "llama_cpp_q8_0": rival([1000.0, 1100.0]) | {"note": f"{note}; weights in Q8_0"},
+        "llama_cpp_q4_0": rival([250.0, 270.0]) | {"note": f"{note}; weights in Q4_0"},
+    }
+    plain["llama_cpp_mmap"]["note"] = note
+    found["planted"][0] |= {"measured_int8": 0.0311, "measured_int4": 0.0307}
+
+    def timed(ms: float) -> dict[str, Any]:
+        return {"prefill_512_ms": ms, "spread_ms": spread([ms]), "peak_bytes": 7_000_000_000}
+
+    found["prefill"] = {"tokens": 512, "contenders": {
+        "inflash": timed(20_000.0), "inflash_int8": timed(15_000.0),
+        "accelerate": {"failed": "it was not done"}, "llama_cpp_mmap": timed(26_000.0),
+        "llama_cpp_q8_0": timed(12_000.0),
+    }}  # fmt: skip
+    found["clients"] = [
+        {"n": n, "tokens_per_s": speed, "slowest_share": share, "peak_bytes": 6_500_000_000}
+        for n, speed, share in ((1, 1.25, 1.0), (4, 3.5, 0.93))
+    ]
+    return found
+
+
+def test_packed_contenders_are_beside_ours_and_beside_their_peers(found: dict[str, Any]) -> None:
+    text = said(add_packed(found))
+    for sentence in (
+        "inflash, int8: 63.0 ms (61.5 to 64.5) a token under a cap of 7.0 GB",
+        "it is 1.7 times as fast as inflash with all numbers in 16 bits",
+        "in it 3.2% of the neurons fired and 9.9% were named, where in 16 bits it was 3.3% and 10",
+        "it is 16.7 times as fast as llama.cpp Q8_0, mmap under the same cap",
+        "it is 2.4 times as fast as llama.cpp Q4_0, mmap under the same cap",
+        "failed: inflash, int4: it was killed",
+        "llama.cpp: a Llama of the same shape; weights in Q8_0",
+    ):
+        assert sentence in text
+    assert text.count("llama.cpp: a Llama of the same shape") == 2, "F16's says no more"
+    order = [line for line in text.splitlines() if "Q4_0, mmap under" in line or "int8: 63" in line]
+    assert "Q4_0" in order[0], "int4 failed: the float one stands in"
+
+
+def test_a_long_prompt_and_clients_are_said_and_shown(found: dict[str, Any]) -> None:
+    text = said(add_packed(found))
+    for sentence in (
+        "a prompt of 512 tokens: inflash takes 20.00 s to its first token; it is 1.3 times as fast"
+        " as llama.cpp, mmap (26.00 s)",
+        "inflash, int8 takes 15.00 s to its first token; it takes 1.2 times as long as llama.cpp",
+        "a prompt of 512 tokens: accelerate, disk offload failed: it was not done",
+        "clients: 1 client: 1.25 tokens/s together",
+        "4 clients: 3.50 tokens/s together, 2.80 times what 1 got; the slowest had 0.93 of their",
+    ):
+        assert sentence in text
+    table = shown(found)
+    for cell in (
+        "in int8",
+        "3.1%",
+        "25.6",
+        "2.80×",
+        "0.93",
+        "a prompt of 512 tokens, cap 7.0",
+    ):
+        assert cell in table
+    found["clients"] = [{"n": n, "failed": "it was killed"} for n in (1, 4)]
+    assert said(found).count("clients: ") == 1
+    assert "1 client failed: it was killed" in said(found)
+    assert "failed" in shown(found)
+
+
+def test_who_was_not_asked_for_is_not_shown(found: dict[str, Any]) -> None:
+    found["contenders"]["inflash_int8"] = {"absent": NOT_ASKED}
+    found["contenders"]["llama_cpp_q8_0"] = {"absent": NOT_ASKED}
+    assert "int8" not in said(found) + shown(found)
+    assert "Q8_0" not in said(found) + shown(found)
+
+
 def test_studies_are_said_and_shown(found: dict[str, Any]) -> None:
     text = said(add_studies(found))
     for sentence in (
@@ -167,10 +252,12 @@ def test_tables_have_every_contender_and_the_plant(found: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("studies", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
 def test_a_picture_is_drawn_of_what_there_is(
-    found: dict[str, Any], studies: bool, tmp_path: Path
+    found: dict[str, Any], studies: bool, packed: bool, tmp_path: Path
 ) -> None:
     found = add_studies(found) if studies else found
+    found = add_packed(found) if packed else found
     found["contenders"]["accelerate"] = {"absent": "not installed"}
     before = copy.deepcopy(found)
     draw_report(found, tmp_path / "report.png")

@@ -220,9 +220,9 @@ class TestAccelerate:
 
 @needs(gguf.PACKAGES)
 class TestGguf:
-    def written(self, folder: Path, tmp_path: Path) -> Any:
-        path = tmp_path / "model.gguf"
-        gguf.write_gguf(folder, path)
+    def written(self, folder: Path, tmp_path: Path, number_format: str = "f16") -> Any:
+        path = tmp_path / f"model-{number_format}.gguf"
+        gguf.write_gguf(folder, path, number_format)
         return importlib.import_module("gguf").GGUFReader(path)
 
     def test_it_appears_whole_and_its_bytes_are_counted(self, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ class TestGguf:
             assert not path.exists()
             seen.append((done, total))
 
-        gguf.write_gguf(folder, path, progress)
+        gguf.write_gguf(folder, path, progress=progress)
         assert path.exists()
         assert sorted(seen) == seen
         assert seen[-1][0] == seen[-1][1]
@@ -247,7 +247,7 @@ class TestGguf:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            gguf.write_gguf(folder, tmp_path / "model.gguf", fail)
+            gguf.write_gguf(folder, tmp_path / "model.gguf", progress=fail)
         assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
     def test_an_opt_becomes_a_llama_of_its_size(self, tmp_path: Path) -> None:
@@ -260,6 +260,48 @@ class TestGguf:
         assert np.array_equal(tensors["blk.1.ffn_gate.weight"].data, up[:256])
         assert np.array_equal(tensors["blk.1.ffn_up.weight"].data, up[-256:])
         assert "output.weight" not in tensors, "tied"
+
+    @pytest.mark.parametrize("number_format", ["q8_0", "q4_0"])
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_quantised_matrices_are_the_packages_own(
+        self, tmp_path: Path, number_format: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = {"num_key_value_heads": 2, "tie_word_embeddings": tied}
+        folder = save(tmp_path / "model", config)
+        plain = {one.name: one for one in self.written(folder, tmp_path).tensors}
+        # Many blocks, the last one shorter: 14 rows of 64, or a head of 16.
+        monkeypatch.setattr(gguf, "_BLOCK_BYTES", 14 * 64 * 4)
+        package = importlib.import_module("gguf")
+        reader = self.written(folder, tmp_path, number_format)
+        packed = {one.name: one for one in reader.tensors}
+        assert packed.keys() == plain.keys()
+        head = "token_embd.weight" if tied else "output.weight"
+        for name, one in packed.items():
+            wanted = plain[name].data
+            kind = package.GGMLQuantizationType[number_format.upper()]
+            if wanted.ndim == 1:
+                kind = package.GGMLQuantizationType.F32
+            elif name == head:
+                kind = package.GGMLQuantizationType.Q8_0
+            assert one.tensor_type == kind, name
+            assert list(one.shape) == list(plain[name].shape), name
+            assert np.array_equal(one.data, package.quants.quantize(wanted, kind)), name
+        named = reader.fields["general.file_type"].contents()
+        assert named == package.LlamaFileType[f"MOSTLY_{number_format.upper()}"]
+
+    def test_blocks_of_rows_are_the_whole_tensor(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = save(tmp_path / "model", {"num_key_value_heads": 2})
+        whole = self.written(folder, tmp_path).data.copy()
+        monkeypatch.setattr(gguf, "_BLOCK_BYTES", 1)  # one row, or one head
+        assert np.array_equal(self.written(folder, tmp_path).data, whole)
+
+    def test_rows_that_cannot_be_quantised_are_refused(self, tmp_path: Path) -> None:
+        folder = save(tmp_path / "model", {"intermediate_size": 80})
+        with pytest.raises(StoreError, match=r"ffn_down.weight: q8_0 takes rows of a multiple of"):
+            gguf.write_gguf(folder, tmp_path / "model.gguf", "q8_0")
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
     @pytest.mark.parametrize(
         ("variant", "names"), [("llama-gqa", "self_attn"), ("llama-mlp-bias", "mlp")]
@@ -303,6 +345,30 @@ class TestLlamaCpp:
         largest = np.abs(expected).max()
         for ours, theirs in zip([block, *steps], expected[half - 1 :], strict=True):
             assert np.abs(ours - theirs).max() < 0.01 * largest
+
+    @pytest.mark.parametrize("number_format", ["q8_0", "q4_0"])
+    @pytest.mark.parametrize("copies", [False, True])
+    def test_quantised_logits_are_those_of_the_weights_that_it_stands_for(
+        self, tmp_path: Path, number_format: str, copies: bool
+    ) -> None:
+        folder, path = save(tmp_path / "model", {"hidden_act": "silu"}), tmp_path / "model.gguf"
+        note = gguf.write_gguf(folder, path, number_format)
+        assert note == f"the same weights and activation; weights in {number_format.upper()}"
+        package, model = importlib.import_module("gguf"), load(folder).float().eval()
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                head = name == "lm_head.weight"
+                kind = package.GGMLQuantizationType["Q8_0" if head else number_format.upper()]
+                packed = package.quants.quantize(weight.detach().numpy(), kind)
+                weight.data = torch.from_numpy(package.quants.dequantize(packed, kind))
+        with torch.inference_mode():
+            expected = model(torch.tensor([PROMPT])).logits[0, -1].numpy()
+        with llama_cpp.opened(
+            path, "mmap", context=8, prompt=len(PROMPT), threads=1, copies=copies
+        ) as opened:
+            ours = opened.decode(PROMPT).copy()
+        # llama.cpp rounds activations to 8 bits, too.
+        assert np.abs(ours - expected).max() < 0.15 * np.abs(expected).max()
 
     def test_the_program_says_that_the_activation_differs(self, tmp_path: Path) -> None:
         folder, path = save(tmp_path / "model", {"hidden_act": "relu"}), tmp_path / "model.gguf"

@@ -1,20 +1,23 @@
-"""A GGUF file (F16) from a checkpoint, for llama.cpp: streamed, a tensor at a time.
+"""A GGUF file (F16, Q8_0, Q4_0) from a checkpoint, for llama.cpp: streamed, some rows at a time.
 
 A Llama keeps its own weights, with the rows of q and k in llama.cpp's order. llama.cpp has no OPT:
 that becomes a Llama of the same shape, with as many layers, heads, tokens and FFN bytes, its
 matrices filled with the OPT's bytes. What it says means nothing; it is read and multiplied like the
 real thing. Neither has a vocabulary: a bench feeds ids. Refuses what llama.cpp would compute
 differently without a word: biases, scaled RoPE.
+
+Quantised matrices are those that the package's own quantiser makes. In Q4_0 the head is Q8_0, as
+inflash has it in int8 beside int4: its products are the logits.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +31,11 @@ from common.store.tensors import Tensor, to_float32
 Array = npt.NDArray[Any]
 
 PACKAGES = {"gguf": "gguf"}
-_ROUND = 32  # neurons: an FFN's width that llama.cpp's kernels like
+FORMATS = ("f16", "q8_0", "q4_0")
+_ROUND = (
+    32  # numbers of a quantised block; and of an FFN's width, llama.cpp's kernels like multiples
+)
+_BLOCK_BYTES = 16 << 20  # of a tensor, as float32, in memory at a time
 
 
 @dataclass(frozen=True)
@@ -42,58 +49,90 @@ class _Entry:
     heads: int | None = None  # of q and k: their rows are permuted head by head
 
     @property
-    def dtype(self) -> npt.DTypeLike:
-        # llama.cpp multiplies matrices of 16 bits, and asks for vectors of 32.
-        return np.float16 if len(self.shape) > 1 else np.float32
+    def width(self) -> int:
+        """Numbers of a row; a vector is one row."""
+        return self.shape[-1]
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+    def blocks(self) -> Iterator[Array]:
+        """Its values in order, float16 or float32 [some rows, width]; of q and k, whole heads."""
+        rows = math.prod(self.shape[:-1])
+        unit = rows // self.heads if self.heads else 1
+        count = max(1, _BLOCK_BYTES // (4 * unit * self.width)) * unit
+        for first in range(0, rows, count):
+            yield self._read(first, min(count, rows - first), unit)
 
-    def read(self) -> Array:
-        """Its values, in its shape and type."""
+    def _read(self, first: int, count: int, unit: int) -> Array:
         if self.source is None:
-            return np.ones(self.shape, self.dtype)
+            return np.ones((count, self.width), np.float32)
         source = self.source
         item = source.nbytes // math.prod(source.shape)
-        raw = np.empty(math.prod(self.shape) * item, np.uint8)
-        source.read_into(raw.data, self.start * item)
+        raw = np.empty(count * self.width * item, np.uint8)
+        source.read_into(raw.data, (self.start + first * self.width) * item)
         if source.dtype == "float16":
             values: Array = raw.view(np.float16)
         else:
             values = to_float32(raw, source.dtype)
-        values = values.astype(self.dtype, copy=False).reshape(self.shape)
-        return values if self.heads is None else _permuted(values, self.heads)
+        values = values.reshape(count, self.width)
+        return values if self.heads is None else _permuted(values, count // unit)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """One tensor as it is written. The package takes it for an array: it asks for `nbytes`, and for
+    the bytes, `tofile`."""
+
+    entry: _Entry
+    kind: Any  # the package's GGMLQuantizationType
+    gguf: Any  # the package
+
+    @property
+    def nbytes(self) -> int:
+        block, size = self.gguf.GGML_QUANT_SIZES[self.kind]
+        return int(math.prod(self.entry.shape) // block * size)
+
+    def tofile(self, file: IO[bytes]) -> None:
+        for values in self.entry.blocks():
+            self.gguf.quants.quantize(values, self.kind).tofile(file)
 
 
 def write_gguf(
-    folder: Path, path: Path, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path,
+    path: Path,
+    number_format: str = "f16",
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
     """Writes the checkpoint in `folder` as the GGUF file `path`; returns a sentence on what differs
     between the two, which is in the file, too ("general.description").
 
     A file appears only when it is whole. `progress` is called with bytes written and their total
-    after each tensor. `StoreError` for a checkpoint that llama.cpp would not compute as it is.
+    after each tensor. `StoreError` for a checkpoint that llama.cpp would not compute as it is, or
+    whose rows cannot be quantised as `number_format`, one of FORMATS.
     """
     gguf = load("gguf", PACKAGES)
     checkpoint = open_checkpoint(folder)
     model = checkpoint.config.model_type
     entries = _opt_entries(checkpoint) if model == "opt" else _llama_entries(checkpoint)
-    note = _note(checkpoint)
-    partial = path.with_name(path.name + ".partial")
+    tensors = [_written(gguf, checkpoint, entry, number_format) for entry in entries]
+    note = _note(checkpoint) + (f"; weights in {number_format.upper()}" * (number_format != "f16"))
+    partial = unfinished_gguf(path)
     writer = gguf.GGUFWriter(partial, "llama")
     try:
         writer.add_description(note)
-        _add_config(writer, gguf, checkpoint, entries)
-        for entry in entries:
-            writer.add_tensor_info(entry.name, entry.shape, np.dtype(entry.dtype), entry.nbytes)
+        _add_config(writer, checkpoint, entries)
+        writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{number_format.upper()}"]))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for one in tensors:
+            shape = one.entry.shape
+            writer.add_tensor_info(
+                one.entry.name, shape, np.dtype(np.float16), one.nbytes, one.kind
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        done, total = 0, sum(entry.nbytes for entry in entries)
-        for entry in entries:
-            writer.write_tensor_data(entry.read())
-            done += entry.nbytes
+        done, total = 0, sum(one.nbytes for one in tensors)
+        for one in tensors:
+            writer.write_tensor_data(one)
+            done += one.nbytes
             progress(done, total)
         writer.close()
         with partial.open("rb") as file:
@@ -105,6 +144,36 @@ def write_gguf(
         partial.unlink(missing_ok=True)
         raise
     return note
+
+
+def unfinished_gguf(path: Path) -> Path:
+    """Where a GGUF file is written before it is whole: what a killed run left is written over."""
+    return path.with_name(path.name + ".partial")
+
+
+def row_problem(number_format: str, width: int) -> str:
+    """Why rows of `width` numbers cannot be quantised as `number_format`; "" if they can be."""
+    if number_format == "f16" or width % _ROUND == 0:
+        return ""
+    return f"{number_format} takes rows of a multiple of {_ROUND} numbers, these have {width:,}"
+
+
+def _written(gguf: Any, checkpoint: Checkpoint, entry: _Entry, number_format: str) -> _Written:
+    """The tensor in its number format."""
+    kind = number_format
+    if len(entry.shape) == 1:
+        kind = "f32"  # llama.cpp's kernels ask for vectors of 32 bits
+    elif number_format == "q4_0" and entry.name == _head(checkpoint):
+        kind = "q8_0"
+    elif problem := row_problem(number_format, entry.width):
+        raise StoreError(f"{checkpoint.folder}: {entry.name}: {problem}")
+    return _Written(entry, gguf.GGMLQuantizationType[kind.upper()], gguf)
+
+
+def _head(checkpoint: Checkpoint) -> str:
+    """The file's name of the tensor that logits are made with."""
+    tied = checkpoint.config.tie_word_embeddings
+    return "token_embd.weight" if tied else "output.weight"
 
 
 def _note(checkpoint: Checkpoint) -> str:
@@ -119,7 +188,7 @@ def _note(checkpoint: Checkpoint) -> str:
     return f"the same weights with SiLU, not {activation}: llama.cpp multiplies every neuron"
 
 
-def _add_config(writer: Any, gguf: Any, checkpoint: Checkpoint, entries: list[_Entry]) -> None:
+def _add_config(writer: Any, checkpoint: Checkpoint, entries: list[_Entry]) -> None:
     config = checkpoint.config
     heads = config.num_attention_heads
     by_name = {entry.name: entry for entry in entries}
@@ -134,7 +203,6 @@ def _add_config(writer: Any, gguf: Any, checkpoint: Checkpoint, entries: list[_E
     writer.add_value_length(_head_size(config))
     writer.add_rope_freq_base(_rope_theta(checkpoint))
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
-    writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_F16))
     writer.add_vocab_size(by_name["token_embd.weight"].shape[0])
     writer.add_tokenizer_model("no_vocab")
 

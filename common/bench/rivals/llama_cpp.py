@@ -4,12 +4,13 @@
 every token; `--mode ram` reads all of it into memory first, past the page cache.
 
 llama.cpp's own interface, not llama-cpp-python's `Llama`: that one cannot forbid the copies that
-llama.cpp makes of mapped weights for some CPUs (AMX), all of them in memory; under a cap it is
-killed.
+llama.cpp makes of mapped weights for some CPUs and number formats, all of them in memory; under a
+cap that has no room for them it is killed. `--copies` allows them.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import sys
 import time
@@ -67,8 +68,11 @@ class Model:
 
 
 @contextmanager
-def opened(path: Path, mode: str, *, context: int, prompt: int, threads: int) -> Iterator[Model]:
-    """The GGUF file at `path`, for `context` tokens of which `prompt` come first.
+def opened(
+    path: Path, mode: str, *, context: int, prompt: int, threads: int, copies: bool = False
+) -> Iterator[Model]:
+    """The GGUF file at `path`, for `context` tokens of which `prompt` come first; `copies`: mapped
+    weights may be copied.
 
     `UserError` if llama.cpp refuses it; it says why on standard error.
     """
@@ -80,7 +84,7 @@ def opened(path: Path, mode: str, *, context: int, prompt: int, threads: int) ->
     wanted.n_gpu_layers = 0
     if mode == "mmap":
         wanted.load_mode = library.LLAMA_LOAD_MODE_MMAP
-        wanted.use_extra_bufts = False  # copies of the weights, in memory
+        wanted.use_extra_bufts = copies
     else:
         wanted.load_mode = library.LLAMA_LOAD_MODE_DIRECT_IO
     model = library.llama_model_load_from_file(str(path).encode(), wanted)
@@ -113,6 +117,7 @@ def contend(options: Options) -> Result:
         context=options.context,
         prompt=len(options.prompt),
         threads=options.threads,
+        copies=options.own.copies,
     ) as model:
         load_ms = (time.perf_counter() - start) * 1e3
         timed = time_decoding(lambda ids: int(model.decode(ids).argmax()), options)
@@ -120,12 +125,10 @@ def contend(options: Options) -> Result:
         return Result(f"llama.cpp ({mode})", version, load_ms, timed, model.description())
 
 
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--copies", action="store_true", help="of mapped weights, in memory")
+
+
 if __name__ == "__main__":
-    sys.exit(
-        main(
-            contend,
-            PACKAGES,
-            sys.argv[1:],
-            lambda parser: parser.add_argument("--mode", choices=MODES, required=True),
-        )
-    )
+    sys.exit(main(contend, PACKAGES, sys.argv[1:], _add_arguments))
