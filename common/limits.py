@@ -6,6 +6,7 @@ Units are last in the name. A bound that a user may want to change is a setting 
 # Requests
 QUEUE_MAX = 16  # admitted and waiting, beside those that run
 RUNNING_MAX = 8  # requests that share decode steps, if the KV cache has room for so many
+KEPT_MAX = 16  # sequences in the KV cache whose request is over
 KV_ROOM_TOKENS = 64  # room in the KV cache is given out in so many tokens: whole pages of a head
 
 # A step

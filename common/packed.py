@@ -165,9 +165,7 @@ def _dot4_many_at(items: Any, starts: Any, xs: Any, out: Any) -> None:
 
 
 @compiled
-def _add4_many_at(
-    items: Any, starts: Any, weights: Any, width: int, begin: int, out: Any
-) -> None:
+def _add4_many_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out: Any) -> None:
     """`add_many_at` of int4 rows of `width` numbers, from number `begin`, the first of a group."""
     vectors, count = weights.shape
     places, values, ends = chosen(starts, weights)

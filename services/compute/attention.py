@@ -1,4 +1,4 @@
-"""Attention for one sequence on a CPU, registered with transformers under ATTENTION.
+"""Attention of each sequence on a CPU, registered with transformers under ATTENTION.
 
 No mask is passed (transformers makes none for a name that it has no mask function for): queries are
 the last positions of the keys, causal, no padding. The name must not contain "flash": transformers
@@ -7,7 +7,7 @@ would take it for FlashAttention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from common.kernels import mix, score
-from services.compute.products import Bits, bits_of
+from services.compute.products import SHARED_BYTES_MIN, Bits, bits_of
 
 ATTENTION = "single_sequence"
 
@@ -32,8 +32,8 @@ def alone(count: int, step: int, work: Callable[[int, int], None]) -> None:
 def attend(
     module: nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | tuple[torch.Tensor, ...],
+    value: torch.Tensor | tuple[torch.Tensor, ...],
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     share: Share = alone,
@@ -42,12 +42,37 @@ def attend(
     """Attention of `query` [1, heads, rows, width] over key, value [1, kv heads, tokens, width].
 
     Returns [1, rows, heads, width] in the query's dtype, and no weights. Of a block of tokens the
-    heads are shared by `share`.
+    heads are shared by `share`. In a step of several sequences, each has a query [heads, 1, width],
+    and key and value of its own (services/compute/kv.py): they are shared, too.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, tuple):
+        assert isinstance(value, tuple)
+        return _attend_each(query[:, :, 0], key, value, scale, share), None
     if query.shape[2] == 1:
         return _attend_one(query[0, :, 0], key[0], value[0], scale), None
     return _attend_block(query[0], key[0], value[0], scale, share), None
+
+
+def _attend_each(
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    scale: float,
+    share: Share,
+) -> torch.Tensor:
+    """One query of each sequence, [sequences, heads, width], over its own keys and values."""
+    out = query.new_empty(len(query), 1, *query.shape[1:])
+
+    def work(first: int, end: int) -> None:
+        for i in range(first, end):
+            out[i] = _attend_one(query[i], keys[i][0], values[i][0], scale)[0]
+
+    if sum(states.nbytes for states in (*keys, *values)) < SHARED_BYTES_MIN:
+        work(0, len(query))
+    else:
+        share(len(query), 1, work)
+    return out
 
 
 def _attend_block(

@@ -72,7 +72,7 @@ class Gateway:
         self._answers = service.receive_from("answers")
         self._control = service.send_to("control")
         self._requests = Requests(
-            prompts, service.counters, time.time_ns(), service.settings.trace == "on"
+            prompts, service.counters, time.time_ns(), report.room, service.settings.trace == "on"
         )
         self._poller = zmq.Poller()
         for socket in (clients.socket, self._health.socket, self._answers.socket):
@@ -130,8 +130,8 @@ class Gateway:
                     self._do(self._requests.done(message, now))
 
     def _trace_delivery(self, number: int, began: float) -> None:
-        request = self._requests.running
-        if request and request.trace and request.number == number:
+        request = self._requests.running.get(number)
+        if request and request.trace:
             fields = (request.new_tokens - 1,)
             self._trace(Traced("deliver", number, began, time.monotonic(), fields))
 

@@ -193,7 +193,9 @@ def test_the_service_names_what_the_factors_name(store: Store, text: Path) -> No
     )
     layers = range(-1, store.geometry.layers)
     for layer in layers:
-        assert predictor.look_ahead([1], layer, before[layer][None]) is None, "there is no token before"
+        assert predictor.look_ahead([1], layer, before[layer][None]) is None, (
+            "there is no token before"
+        )
         predictor.remember(1, layer, before[layer])
     for layer in layers:
         ahead = predictor.look_ahead([1], layer, now[layer][None])
