@@ -63,9 +63,10 @@ class KVLayer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def copy(self, other: KVLayer, tokens: int) -> None:
-        """Has what `other` holds of its first `tokens`."""
+        """An empty one gets what `other` holds of its first `tokens`."""
         if tokens:
-            self.filled = 0
+            assert other.keys is not None
+            assert other.values is not None
             self.update(other.keys[:, :, :tokens], other.values[:, :, :tokens])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -128,18 +129,18 @@ class SharedLayer(CacheLayerMixin):
         return min(layer.context for layer in self._layers)
 
 
-def make_kv_cache(layers: int, context: int) -> Cache:
-    """An empty KV cache for sequences of up to `context` tokens; `reset()` empties it again."""
-    return Cache(layers=[KVLayer(context) for _ in range(layers)])
-
-
 @dataclass(eq=False)
 class Sequence:
     """A KV cache, and which tokens' keys and values it holds."""
 
-    cache: Cache
+    layers: list[KVLayer]
     tokens: torch.Tensor  # int64 [room]; filled up to `count`
     count: int = 0
+
+    @property
+    def cache(self) -> Cache:
+        """As transformers takes it."""
+        return Cache(layers=list(self.layers))
 
     @property
     def room(self) -> int:
@@ -161,7 +162,8 @@ class Sequence:
     def keep(self, count: int, room: int) -> None:
         """Keeps the first `count` tokens, and has room for so many. What a step that was given up
         left behind goes: only whole steps were held."""
-        self.cache.crop(count)
+        for layer in self.layers:
+            layer.crop(count)
         self.count = count
         tokens = self.tokens.new_empty(room)
         tokens[:count] = self.tokens[:count]
@@ -199,10 +201,10 @@ class Sequences:
         if taken:
             sequence = found
         else:
-            cache = make_kv_cache(self._layers, self._context)
-            sequence = Sequence(cache, torch.empty(room, dtype=torch.int64))
-            if found is not None and common:
-                for layer, other in zip(cache.layers, found.cache.layers, strict=True):
+            layers = [KVLayer(self._context) for _ in range(self._layers)]
+            sequence = Sequence(layers, torch.empty(room, dtype=torch.int64))
+            if found is not None:
+                for layer, other in zip(layers, found.layers, strict=True):
                     layer.copy(other, common)
                 sequence.hold(prompt[:common], 0)
         sequence.keep(common, room)
@@ -234,5 +236,5 @@ def shared(sequences: Many[Sequence]) -> Cache:
     """The KV cache of a step: of one sequence its own, of several a token of each."""
     if len(sequences) == 1:
         return sequences[0].cache
-    each = zip(*(sequence.cache.layers for sequence in sequences), strict=True)
+    each = zip(*(sequence.layers for sequence in sequences), strict=True)
     return Cache(layers=[SharedLayer(layers) for layers in each])

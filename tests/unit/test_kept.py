@@ -32,7 +32,7 @@ def over(sequences: Sequences, ids: list[int]) -> Sequence:
     """A request that computed these tokens and is over."""
     sequence = begun(sequences, ids)
     states = torch.zeros(1, 1, len(ids) - sequence.count, 2)
-    for layer in sequence.cache.layers:
+    for layer in sequence.layers:
         layer.update(states, states)
     sequence.hold(tokens(ids)[sequence.count :], sequence.count)
     sequences.end(sequence)
@@ -108,13 +108,13 @@ def test_a_kept_sequence_that_shares_little_stays_while_there_is_room() -> None:
 def test_what_a_sequence_that_runs_has_is_copied() -> None:
     sequences = Sequences(LAYERS, CONTEXT, 2 * UNIT)
     first = begun(sequences, FIRST)
-    for layer in first.cache.layers:
+    for layer in first.layers:
         layer.update(torch.ones(1, 1, 8, 2), torch.ones(1, 1, 8, 2))
     first.hold(tokens(FIRST), 0)
     second = begun(sequences, [*FIRST[:4], 1, 2])
     assert (first.count, second.count) == (8, 4)
-    second.cache.layers[0].keys[:] = 2
-    assert (first.cache.layers[0].keys[:, :, :8] == 1).all()
+    second.layers[0].keys[:] = 2
+    assert (first.layers[0].keys[:, :, :8] == 1).all()
 
 
 def test_room_is_never_exceeded_under_any_history() -> None:
@@ -131,7 +131,7 @@ def test_room_is_never_exceeded_under_any_history() -> None:
         if sequence is not None:
             assert sequence.count < len(ids)
             assert sequence.tokens[: sequence.count].tolist() == ids[: sequence.count]
-            for layer in sequence.cache.layers:
+            for layer in sequence.layers:
                 new = torch.zeros(1, 1, len(ids) - sequence.count, 2)
                 assert layer.filled == sequence.count
                 layer.update(new, new)
@@ -202,9 +202,9 @@ def test_logits_are_those_of_a_whole_prompt(model: Any, prompt: list[int], runs:
     run(model, first, FIRST)
     # What a step that was given up left behind: it was in two layers.
     with torch.inference_mode():
-        states = torch.ones(1, first.cache.layers[0].keys.shape[1], 1, 8)
+        states = torch.ones(1, first.layers[0].keys.shape[1], 1, 8)
         for layer in (0, 1):
-            first.cache.update(states, states, layer)
+            first.layers[layer].update(states, states)
         if not runs:
             sequences.end(first)
         sequence = begun(sequences, prompt)
