@@ -97,16 +97,17 @@ def dot_at(items: Any, starts: Any, x: Any, out: Any) -> None:
 
 
 @compiled
-def dot_many_at(items: Any, starts: Any, xs: Any, out: Any) -> None:
-    """out[b, i] = (the row of `items` that begins at starts[i]) · xs[b], as `dot_at` has it, to the
-    bit: the same four sums side by side, of four vectors instead of four rows.
+def dot_many_at(items: Any, starts: Any, xs: Any, first: int, end: int, out: Any) -> None:
+    """For i from `first` to `end`, out[b, i] = (the row of `items` that begins at starts[i]) ·
+    xs[b], as `dot_at` has it, to the bit: the same four sums side by side, of four vectors instead
+    of four rows.
 
     `xs` float32 [vectors, width], a multiple of VECTORS; `out` float32 [vectors, rows]. Each row
     comes from memory once.
     """
-    width, count = xs.shape[1], starts.shape[0]
-    whole = count - count % 4
-    for i in range(whole):
+    width = xs.shape[1]
+    whole = end - (end - first) % 4
+    for i in range(first, whole):
         row = items[starts[i] : starts[i] + width]
         for b in range(0, xs.shape[0], VECTORS):
             e, f, g, h = xs[b], xs[b + 1], xs[b + 2], xs[b + 3]
@@ -119,7 +120,7 @@ def dot_many_at(items: Any, starts: Any, xs: Any, out: Any) -> None:
                 s += value * h[k]
             out[b, i], out[b + 1, i], out[b + 2, i], out[b + 3, i] = p, q, r, s
     for b in range(xs.shape[0]):
-        dot_at(items, starts[whole:], xs[b], out[b, whole:])
+        dot_at(items, starts[whole:end], xs[b], out[b, whole:end])
 
 
 @compiled
@@ -241,7 +242,7 @@ def compile_for(*dtypes: str) -> None:
     for dtype in dtypes:
         items = np.zeros(1, BITS[dtype])
         dot_at(items, starts, wide[0], wide[0])
-        dot_many_at(items, starts, many, many)
+        dot_many_at(items, starts, many, 0, 1, many)
         add_at(items, starts, wide[0], wide[0])
         add_many_at(items, starts, wide, wide)
         widen_at(items, starts, wide)

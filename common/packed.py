@@ -154,12 +154,11 @@ def _add4_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out:
 
 
 @compiled
-def _dot4_many_at(items: Any, starts: Any, xs: Any, out: Any) -> None:
+def _dot4_many_at(items: Any, starts: Any, xs: Any, begin: int, stop: int, out: Any) -> None:
     """`dot_many_at` of int4 rows: some of them for one vector after another, while they are in a
     core's cache."""
-    count = starts.shape[0]
-    for first in range(0, count, TILE_ROWS):
-        end = min(first + TILE_ROWS, count)
+    for first in range(begin, stop, TILE_ROWS):
+        end = min(first + TILE_ROWS, stop)
         for b in range(xs.shape[0]):
             _dot4_at(items, starts[first:end], xs[b], out[b, first:end])
 
@@ -293,14 +292,14 @@ def dot_rows(items: Bits, starts: Starts, x: Floats, out: Floats) -> None:
         out *= scales_of(items, starts)
 
 
-def dot_many(items: Bits, starts: Starts, xs: Floats, out: Floats) -> None:
+def dot_many(items: Bits, starts: Starts, xs: Floats, first: int, end: int, out: Floats) -> None:
     """`dot_many_at` of rows of any number format. For each vector the result of `dot_rows`."""
     if items.dtype == np.uint8:
-        _dot4_many_at(items, starts, xs, out)
+        _dot4_many_at(items, starts, xs, first, end, out)
         return
-    dot_many_at(items, starts, xs, out)
+    dot_many_at(items, starts, xs, first, end, out)
     if items.dtype == np.int8:
-        out *= scales_of(items, starts)
+        out[:, first:end] *= scales_of(items, starts[first:end])
 
 
 def scales_of(items: Bits, starts: Starts) -> Floats:
@@ -369,7 +368,7 @@ def compile_packed() -> None:
     for number_format in ("int8", "int4"):
         items = np.zeros(row_bytes("int4", GROUP) * 2, np.uint8).view(BITS[number_format])
         dot_rows(items, starts, wide[0], wide[0, :1])
-        dot_many(items, starts, many, np.zeros((VECTORS, 1), np.float32))
+        dot_many(items, starts, many, 0, 1, np.zeros((VECTORS, 1), np.float32))
         add_rows(items, starts, wide[0, :1], GROUP, 0, wide[0])
         add_many(items, starts, np.zeros((1, 1), np.float32), GROUP, 0, wide)
         widen_rows(items, starts, GROUP, 0, wide)

@@ -20,7 +20,7 @@ from inflash._errors import InflashError
 from scripts.options import server_options
 
 
-class Counts(click.ParamType):
+class Counts(click.ParamType):  # type: ignore[type-arg]  # in older clicks it is not generic
     """Numbers of clients, with commas between."""
 
     name = "counts"

@@ -98,16 +98,15 @@ def measure_clients(
     said: Callable[[Together], None] = lambda _: None,
 ) -> list[Together]:
     """A row for each number of clients in `counts`. Each client asks for `tokens` tokens, greedily,
-    and again until `seconds` have passed; before that each prompt is answered alone, twice, so that
-    the cache is warm. `said` is told of each row.
+    and again until `seconds` have passed; before that each prompt is answered alone, which warms
+    the cache. `said` is told of each row.
 
     Raises inflash's errors, those of a client's thread too.
     """
     used = [prompts[i % len(prompts)] for i in range(max(counts))]
     with Client(run_dir, ANSWER_S) as client:
         pids = {name: s["pid"] for name, s in client.status()["services"].items()}
-        for _ in range(2):
-            alone = [_ids(client, prompt, tokens) for prompt in used]
+        alone = [_ids(client, prompt, tokens) for prompt in used]
     rows = []
     for n in counts:
         rows.append(_together(run_dir, n, tokens, seconds, used, alone, pids))

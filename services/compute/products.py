@@ -80,9 +80,7 @@ class Products:
         out = np.empty((len(vectors), len(starts)), np.float32)
 
         def multiply(first: int, end: int) -> None:
-            some = np.empty((len(vectors), end - first), np.float32)
-            dot_many(items, starts[first:end], vectors, some)
-            out[:, first:end] = some
+            dot_many(items, starts, vectors, first, end, out)
 
         self._share(len(starts), len(starts) * width * items.itemsize, multiply)
         return torch.from_numpy(out[:few])

@@ -30,9 +30,10 @@ from inflash import _messages as wire
 from inflash._rundir import socket_path
 from inflash._wire import BadMessage
 from services.gateway.clients import Clients
+from services.gateway.decisions import Decision, Noted, ToClient, ToCompute, Traced
 from services.gateway.health import Watch
 from services.gateway.prompts import Prompts
-from services.gateway.requests import Decision, Noted, Requests, ToClient, ToCompute, Traced
+from services.gateway.requests import Requests
 from services.gateway.status import Report
 
 

@@ -28,43 +28,11 @@ from common import messages
 from common.limits import CLOSE_S, QUEUE_MAX, RUNNING_MAX, WAITING_EVERY_S
 from common.plan import kv_room
 from inflash import _messages as wire
+from services.gateway.decisions import Decision, Noted, ToClient, ToCompute, Traced
 from services.gateway.prompts import Prompts
 from services.gateway.refusal import Refusal
 from services.gateway.text import AnswerText
 from services.gateway.totals import Totals
-
-
-@dataclass(frozen=True, slots=True)
-class ToClient:
-    client: bytes  # the routing id of its connection
-    message: Any
-
-
-@dataclass(frozen=True, slots=True)
-class ToCompute:
-    message: messages.Admit | messages.Abort
-
-
-@dataclass(frozen=True, slots=True)
-class Noted:
-    """An event for the log."""
-
-    event: str
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Traced:
-    """A span for the trace. Times are seconds of the loop's clock."""
-
-    name: str
-    request: int
-    start: float
-    end: float
-    fields: tuple[int, ...]
-
-
-Decision = ToClient | ToCompute | Noted | Traced
 
 
 @dataclass(slots=True, eq=False)

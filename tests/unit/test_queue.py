@@ -20,8 +20,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from common import messages
 from common.limits import CLOSE_S, KV_ROOM_TOKENS, QUEUE_MAX, RUNNING_MAX
 from inflash import _messages as wire
+from services.gateway.decisions import Decision, ToClient, ToCompute
 from services.gateway.prompts import Prompts
-from services.gateway.requests import Decision, Requests, ToClient, ToCompute
+from services.gateway.requests import Requests
 from tests.unit.test_text import byte_level
 
 VOCABULARY = 300
