@@ -8,7 +8,7 @@ would take it for FlashAttention.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,26 @@ def alone(count: int, step: int, work: Callable[[int, int], None]) -> None:
     work(0, count)
 
 
+class Held(NamedTuple):
+    """Keys and values of one sequence, as numbers [kv heads × room × width] each, and how many
+    tokens of the room are filled."""
+
+    keys: Bits
+    values: Bits
+    room: int
+    tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is filled."""
+        return (self.keys.nbytes + self.values.nbytes) // self.room * self.tokens
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor | tuple[torch.Tensor, ...],
-    value: torch.Tensor | tuple[torch.Tensor, ...],
+    key: torch.Tensor | tuple[Held, ...],
+    value: torch.Tensor | tuple[Held, ...],
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     share: Share = alone,
@@ -43,36 +58,37 @@ def attend(
 
     Returns [1, rows, heads, width] in the query's dtype, and no weights. Of a block of tokens the
     heads are shared by `share`. In a step of several sequences, each has a query [heads, 1, width],
-    and key and value of its own (services/compute/kv.py): they are shared, too.
+    and keys and values of its own, `Held`: the sequences are shared, too.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(key, tuple):
-        assert isinstance(value, tuple)
-        return _attend_each(query[:, :, 0], key, value, scale, share), None
+        return _attend_each(query[:, :, 0], key, scale, share), None
+    assert isinstance(value, torch.Tensor)
     if query.shape[2] == 1:
         return _attend_one(query[0, :, 0], key[0], value[0], scale), None
     return _attend_block(query[0], key[0], value[0], scale, share), None
 
 
 def _attend_each(
-    query: torch.Tensor,
-    keys: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
-    scale: float,
-    share: Share,
+    query: torch.Tensor, held: Sequence[Held], scale: float, share: Share
 ) -> torch.Tensor:
-    """One query of each sequence, [sequences, heads, width], over its own keys and values."""
-    out = query.new_empty(len(query), 1, *query.shape[1:])
+    """One query of each sequence, [sequences, heads, width], over what it holds; as `_attend_one`
+    has it, to the bit."""
+    wide = (query.float() * scale).numpy()
+    out = torch.zeros(len(query), 1, *query.shape[1:])
+    mixed = out[:, 0].numpy()
 
     def work(first: int, end: int) -> None:
         for i in range(first, end):
-            out[i] = _attend_one(query[i], keys[i][0], values[i][0], scale)[0]
+            scores = torch.empty(query.shape[1], held[i].tokens)
+            score(wide[i], held[i].keys, held[i].room, scores.numpy())
+            mix(torch.softmax(scores, dim=1).numpy(), held[i].values, held[i].room, mixed[i])
 
-    if sum(states.nbytes for states in (*keys, *values)) < SHARED_BYTES_MIN:
+    if sum(each.nbytes for each in held) < SHARED_BYTES_MIN:
         work(0, len(query))
     else:
         share(len(query), 1, work)
-    return out
+    return out.to(query.dtype)
 
 
 def _attend_block(

@@ -21,6 +21,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from common.limits import KEPT_MAX
 from common.plan import kv_room
+from services.compute.attention import Held
+from services.compute.products import Bits, bits_of
 
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
@@ -34,9 +36,11 @@ class KVLayer(CacheLayerMixin):
         self.filled = 0  # tokens
         self._touched = 0  # tokens that may have memory
         self._regions: list[mmap.mmap] = []
+        self._numbers: tuple[Bits, Bits]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = self._pages(key_states), self._pages(value_states)
+        self._numbers = bits_of(self.keys), bits_of(self.values)
         self.is_initialized = True
 
     def _pages(self, like: torch.Tensor) -> torch.Tensor:
@@ -61,6 +65,15 @@ class KVLayer(CacheLayerMixin):
         self.values[:, :, self.filled : end] = value_states
         self.filled, self._touched = end, max(self._touched, end)
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def append(self, key: Bits, value: Bits) -> Held:
+        """Appends the states of one token, numbers [kv heads, width]; returns all that are filled.
+        Not the first: the prompt came before it."""
+        for numbers, new in zip(self._numbers, (key, value), strict=True):
+            numbers.reshape(len(new), self.context, -1)[:, self.filled] = new
+        self.filled += 1
+        self._touched = max(self._touched, self.filled)
+        return Held(*self._numbers, self.context, self.filled)
 
     def copy(self, other: KVLayer, tokens: int) -> None:
         """An empty one gets what `other` holds of its first `tokens`."""
@@ -112,12 +125,14 @@ class SharedLayer(CacheLayerMixin):
 
     def update(  # type: ignore[override]  # what it returns goes to our attention alone
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Appends row i of states [sequences, kv heads, 1, width] to sequence i; returns views of
-        all that each has."""
-        rows = zip(self._layers, key_states.split(1), value_states.split(1), strict=True)
-        keys, values = zip(*(layer.update(key, value) for layer, key, value in rows), strict=True)
-        return keys, values
+    ) -> tuple[tuple[Held, ...], tuple[Held, ...]]:
+        """Appends row i of states [sequences, kv heads, 1, width] to sequence i; returns what each
+        holds, twice: keys and values are together."""
+        rows = key_states.shape[0], key_states.shape[1], key_states.shape[3]
+        keys, values = (bits_of(s.contiguous()).reshape(rows) for s in (key_states, value_states))
+        each = zip(self._layers, keys, values, strict=True)
+        held = tuple(layer.append(key, value) for layer, key, value in each)
+        return held, held
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

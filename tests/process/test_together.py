@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from common.bench.clients import measure_clients
 from common.trace.run import load_run
 from common.trace.verdict import CAUSES, judge
 from inflash import Client, RequestFailed
@@ -84,9 +85,20 @@ def test_each_gets_the_tokens_that_it_gets_alone(
         counters = client.status()["services"]["compute"]["counters"]
         tokens = sum(len(asked.tokens) for asked in (*first, *late)) + 6 * 60
         assert counters["steps"] < tokens, "steps were shared"
+        clients_are_measured(run_dir)
         queue = client.status()["queue"]
         assert (queue["running"], queue["room_taken_tokens"]) == (0, 0)
     the_trace_adds_up(run_dir)
+
+
+def clients_are_measured(run_dir: Path) -> None:
+    rows = measure_clients(run_dir, [1, 3], 12, prompts=PROMPTS)
+    assert [(row.n, row.answers, row.tokens) for row in rows] == [(1, 1, 12), (3, 3, 36)]
+    for row in rows:
+        assert (row.lost, row.doubled, row.different) == (0, 0, 0)
+        assert 0 < row.slowest_share <= 1
+        assert row.tokens_per_s > 0
+        assert row.memory_peak_bytes is None or row.memory_start_bytes <= row.memory_peak_bytes
 
 
 def the_trace_adds_up(run_dir: Path) -> None:
