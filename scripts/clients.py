@@ -72,13 +72,14 @@ def main(
 
 
 def table(rows: list[Together]) -> Table:
-    """A row for each number of clients; `times` is of the first row's tokens/s."""
-    made = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("clients", "tokens/s", "times", "slowest's\nshare", "longest to\nfirst token",
-                 "memory, MB\nstart → end", "answers", "lost", "doubled", "different"):  # fmt: skip
-        made.add_column(name, justify="right")
+    """A row for each number of clients; `times` is of the first row's tokens/s, `first token` the
+    longest wait for one."""
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name in ("clients", "tokens/s", "times", "slowest's\nshare", "first\ntoken", "memory\nMB",
+                 "answers", "lost", "doubled", "different"):  # fmt: skip
+        made.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        memory = " → ".join(
+        memory = "→".join(
             "–" if size is None else f"{size / 1e6:,.0f}"
             for size in (row.memory_start_bytes, row.memory_end_bytes)
         )
