@@ -25,6 +25,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from common.integer_dot import dot4_at, dot8_at, scale_at
 from common.kernels import (
     BITS,
     TILE_ROWS,
@@ -84,45 +85,7 @@ half: Any = intrinsic(_half)
 def _scales_at(items: Any, starts: Any, out: Any) -> None:
     """out[i] = the scale of the int8 row that begins at starts[i]."""
     for i in range(starts.shape[0]):
-        row, bits = items[starts[i] : starts[i] + SCALED], 0
-        for k in range(SCALED):
-            bits |= (row[k] & 1) << k
-        out[i] = real(np.int16(bits))
-
-
-@compiled
-def _dot4_at(items: Any, starts: Any, x: Any, out: Any) -> None:
-    """`dot_at` of int4 rows. A group's minimum multiplies the sum of its part of `x`."""
-    groups, count = x.shape[0] // GROUP, starts.shape[0]
-    packed, wide = groups * HALF, x.reshape(groups, GROUP)
-    size, sums = packed + groups * 4, np.empty(groups, np.float32)
-    for g in range(groups):
-        sums[g] = wide[g].sum()
-    for i in range(0, count - 1, 2):
-        a, b = items[starts[i] : starts[i] + size], items[starts[i + 1] : starts[i + 1] + size]
-        halves_a, halves_b = a[packed:].view(np.uint16), b[packed:].view(np.uint16)
-        bytes_a = a[:packed].reshape(groups, HALF)
-        bytes_b = b[:packed].reshape(groups, HALF)
-        p, q = np.float32(0), np.float32(0)
-        for g in range(groups):
-            s, t = np.float32(0), np.float32(0)
-            for k in range(HALF):
-                first, second = wide[g, k], wide[g, k + HALF]
-                s += low(bytes_a[g, k]) * first + high(bytes_a[g, k]) * second
-                t += low(bytes_b[g, k]) * first + high(bytes_b[g, k]) * second
-            p += real(halves_a[g]) * s + real(halves_a[groups + g]) * sums[g]
-            q += real(halves_b[g]) * t + real(halves_b[groups + g]) * sums[g]
-        out[i], out[i + 1] = p, q
-    if count % 2:
-        a = items[starts[count - 1] : starts[count - 1] + size]
-        halves_a, bytes_a = a[packed:].view(np.uint16), a[:packed].reshape(groups, HALF)
-        p = np.float32(0)
-        for g in range(groups):
-            s = np.float32(0)
-            for k in range(HALF):
-                s += low(bytes_a[g, k]) * wide[g, k] + high(bytes_a[g, k]) * wide[g, k + HALF]
-            p += real(halves_a[g]) * s + real(halves_a[groups + g]) * sums[g]
-        out[count - 1] = p
+        out[i] = scale_at(items, starts[i])
 
 
 @compiled
@@ -160,7 +123,16 @@ def _dot4_many_at(items: Any, starts: Any, xs: Any, begin: int, stop: int, out: 
     for first in range(begin, stop, TILE_ROWS):
         end = min(first + TILE_ROWS, stop)
         for b in range(xs.shape[0]):
-            _dot4_at(items, starts[first:end], xs[b], out[b, first:end])
+            dot4_at(items, starts[first:end], xs[b], out[b, first:end])
+
+
+@compiled
+def _dot8_many_at(items: Any, starts: Any, xs: Any, begin: int, stop: int, out: Any) -> None:
+    """The same of int8 rows."""
+    for first in range(begin, stop, TILE_ROWS):
+        end = min(first + TILE_ROWS, stop)
+        for b in range(xs.shape[0]):
+            dot8_at(items, starts[first:end], xs[b], out[b, first:end])
 
 
 @compiled
@@ -283,23 +255,15 @@ def pack_rows(rows: Floats, items: Bits, starts: Starts) -> None:
 
 
 def dot_rows(items: Bits, starts: Starts, x: Floats, out: Floats) -> None:
-    """`dot_at` of rows of any number format, packed ones too."""
-    if items.dtype == np.uint8:
-        _dot4_at(items, starts, x, out)
-        return
-    dot_at(items, starts, x, out)
-    if items.dtype == np.int8:
-        out *= scales_of(items, starts)
+    """`dot_at` of rows of any number format; of packed ones by x rounded to int16."""
+    multiply = {np.dtype(np.uint8): dot4_at, np.dtype(np.int8): dot8_at}.get(items.dtype, dot_at)
+    multiply(items, starts, x, out)
 
 
 def dot_many(items: Bits, starts: Starts, xs: Floats, first: int, end: int, out: Floats) -> None:
     """`dot_many_at` of rows of any number format. For each vector the result of `dot_rows`."""
-    if items.dtype == np.uint8:
-        _dot4_many_at(items, starts, xs, first, end, out)
-        return
-    dot_many_at(items, starts, xs, first, end, out)
-    if items.dtype == np.int8:
-        out[:, first:end] *= scales_of(items, starts[first:end])
+    formats = {np.dtype(np.uint8): _dot4_many_at, np.dtype(np.int8): _dot8_many_at}
+    formats.get(items.dtype, dot_many_at)(items, starts, xs, first, end, out)
 
 
 def scales_of(items: Bits, starts: Starts) -> Floats:

@@ -16,9 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.config import Settings
 from common.errors import SettingError, StoreError
+from common.integer_dot import CHUNK, LARGEST
+from common.kernels import BITS
 from common.model.convert import convert, plan_conversion
 from common.model.streamed import Allowance, Bundles
-from common.packed import Floats, packed, unpacked
+from common.packed import Floats, dot_rows, packed, unpacked
 from common.plan import make_plan
 from common.store.geometry import GROUP, PACKED, SCALED, Geometry, row_bytes
 from common.store.manifest import MANIFEST
@@ -93,14 +95,15 @@ def test_products(number_format: str, threads: int, count: int) -> None:
     slots = torch.randperm(count + 3)[:count]
     x, weights = torch.randn(hidden), torch.randn(count)
     up, down = (torch.from_numpy(part)[slots] for part in stand_for)
-    scale = 1e-5 * hidden
-    assert torch.allclose(cached.dot("up", slots, x), up @ x, atol=scale, rtol=1e-5)
+    step = x.abs().max() / LARGEST  # of the rounded vector
+    error = step * up.abs().sum(dim=1) / 2 + 1e-5 * hidden**0.5
+    assert ((cached.dot("up", slots, x) - up @ x).abs() <= error).all()
     out = torch.ones(hidden)
     cached.add("down", slots, weights, out)
     assert torch.allclose(out, 1 + weights @ down, atol=max(count, 1) * 1e-5, rtol=1e-5)
     block, heights = torch.randn(hidden, 3), torch.randn(count, 3)  # tokens are columns
     found = cached.dot_block("up", slots, block)
-    assert torch.allclose(found, up @ block, atol=scale, rtol=1e-5)
+    assert torch.allclose(found, up @ block, atol=1e-5 * hidden, rtol=1e-5)
     sums = torch.ones(hidden, 3)
     cached.add_block("down", slots, heights, sums)
     expected = 1 + down.T @ heights
@@ -218,7 +221,7 @@ def test_a_linear_module_over_packed_rows(made: Made, number_format: str) -> Non
     linear = RowLinear(pack(tensor, number_format, products), bias, products)
     for x in (torch.randn(1, 64), torch.randn(2, 9, 64)):
         wanted = x @ torch.from_numpy(expected).T + bias
-        assert torch.allclose(linear(x), wanted, atol=1e-5, rtol=1e-4)
+        assert torch.allclose(linear(x), wanted, atol=1e-3, rtol=1e-4)
 
 
 def test_torch_multiplies_the_same_int8_rows(made: Made) -> None:
@@ -228,8 +231,33 @@ def test_torch_multiplies_the_same_int8_rows(made: Made) -> None:
     ours, theirs = (RowLinear(pack(tensor, "int8", p), None, p) for p in (Products(1), Products(1)))
     theirs.take_torch()
     x = torch.randn(1, 64)
-    assert torch.allclose(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-3, rtol=1e-4)
     probe = choose_int8(torch.nn.ModuleList([ours]))
     assert probe is not None
     assert min(probe.ours_us, probe.torch_us) > 0
     assert choose_int8(torch.nn.ModuleList([torch.nn.Linear(2, 2)])) is None
+
+
+@pytest.mark.parametrize("width", [CHUNK, 8 * CHUNK, 2 * CHUNK + 16, 48])
+@pytest.mark.parametrize("number", [-128, 126])
+def test_the_largest_integers_fit(width: int, number: int) -> None:
+    """Every product at its largest, of one sign: sums stay below 2^31. The scale is 1."""
+    items = np.full(width, number, np.int8)
+    items[:SCALED] |= np.array([0x3F80 >> bit & 1 for bit in range(SCALED)], np.int8)
+    out = np.empty(1, np.float32)
+    x = np.full(width, -7.0, np.float32)
+    dot_rows(items, np.zeros(1, np.int64), x, out)
+    np.testing.assert_allclose(out, items.astype(np.float64).sum() * -7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("number_format", PACKED)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_comes_through(number_format: str, bad: float) -> None:
+    rows = rows_like(0, 5, 4, 1.0)
+    x = np.ones(rows.shape[1], np.float32)
+    x[17] = bad
+    raw = packed(rows, number_format)
+    items = raw.reshape(-1).view(BITS[number_format])
+    out = np.zeros(5, np.float32)
+    dot_rows(items, np.arange(5, dtype=np.int64) * raw.shape[1], x, out)
+    assert not np.isfinite(out).any()
