@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import click
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -74,9 +73,9 @@ def main(
 def table(rows: list[Together]) -> Table:
     """A row for each number of clients; `times` is of the first row's tokens/s, `first token` the
     longest wait for one."""
-    made = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name in ("clients", "tokens/s", "times", "slowest's\nshare", "first\ntoken", "memory\nMB",
-                 "answers", "lost", "doubled", "different"):  # fmt: skip
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("clients", "tokens/s", "times", "slowest\nshare", "first\ntoken", "memory\nMB",
+                 "answers", "lost,\ndoubled", "differ-\nent"):  # fmt: skip
         made.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         memory = "→".join(
@@ -86,8 +85,8 @@ def table(rows: list[Together]) -> Table:
         times = row.tokens_per_s / rows[0].tokens_per_s
         made.add_row(
             str(row.n), f"{row.tokens_per_s:.1f}", f"{times:.2f}", f"{row.slowest_share:.0%}",
-            f"{row.first_token_s_max:.2f} s", memory, f"{row.answers:,}", str(row.lost),
-            str(row.doubled), str(row.different),
+            f"{row.first_token_s_max:.2f} s", memory, f"{row.answers:,}",
+            f"{row.lost}, {row.doubled}", str(row.different),
         )  # fmt: skip
     return made
 
