@@ -57,9 +57,10 @@ class Settings:
     bundling: str = "on"  # off: each part of a bundle is a read of its own, for comparison
     lookahead: str = "on"  # off: nothing is read before its layer asks
     context: int = 2048  # tokens of prompt and answer, at most what the model can
+    sequences: int = 1  # of so many tokens, that the KV cache has room for; shorter ones share it
     block: int | None = None  # tokens of a prompt in one step; None ("auto"): PREFILL_ROWS_MAX, or
     # fewer where memory is short
-    reuse: str = "on"  # off: a prompt that begins like the request before is computed whole
+    reuse: str = "on"  # off: a prompt that begins like a request before is computed whole
     backend: str = "auto"  # how bundles are read: auto, aio or threads
     threads: int = 0  # of compute; 0: as many as there are cores
     trace: str = "on"  # spans of requests that do not say themselves: see common/spans.py
@@ -161,6 +162,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "bundling": _one_of("on", "off"),
     "lookahead": _one_of("on", "off"),
     "context": _count(1),
+    "sequences": _count(1),
     "block": _block,
     "reuse": _one_of("on", "off"),
     "backend": _one_of("auto", "aio", "threads"),

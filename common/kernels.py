@@ -32,6 +32,9 @@ BITS: dict[str, npt.DTypeLike] = {
     "int4": np.uint8,  # two in a byte: common/packed.py
 }
 
+VECTORS = 4  # that `dot_many_at` multiplies a row with at a time
+TILE_ROWS = 32  # rows that are taken for one vector after another while they are in a core's cache
+
 # Sums may be taken in any order. That there are no NaNs is not promised: they must come through.
 compiled = njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
 
@@ -94,6 +97,33 @@ def dot_at(items: Any, starts: Any, x: Any, out: Any) -> None:
 
 
 @compiled
+def dot_many_at(items: Any, starts: Any, xs: Any, first: int, end: int, out: Any) -> None:
+    """For i from `first` to `end`, out[b, i] = (the row of `items` that begins at starts[i]) ·
+    xs[b], as `dot_at` has it, to the bit: the same four sums side by side, of four vectors instead
+    of four rows.
+
+    `xs` float32 [vectors, width], a multiple of VECTORS; `out` float32 [vectors, rows]. Each row
+    comes from memory once.
+    """
+    width = xs.shape[1]
+    whole = end - (end - first) % 4
+    for i in range(first, whole):
+        row = items[starts[i] : starts[i] + width]
+        for b in range(0, xs.shape[0], VECTORS):
+            e, f, g, h = xs[b], xs[b + 1], xs[b + 2], xs[b + 3]
+            p, q, r, s = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for k in range(width):
+                value = real(row[k])
+                p += value * e[k]
+                q += value * f[k]
+                r += value * g[k]
+                s += value * h[k]
+            out[b, i], out[b + 1, i], out[b + 2, i], out[b + 3, i] = p, q, r, s
+    for b in range(xs.shape[0]):
+        dot_at(items, starts[whole:end], xs[b], out[b, whole:end])
+
+
+@compiled
 def add_at(items: Any, starts: Any, weights: Any, out: Any) -> None:
     """out += Σ weights[i] × (the row of `items` that begins at starts[i]).
 
@@ -114,6 +144,50 @@ def add_at(items: Any, starts: Any, weights: Any, out: Any) -> None:
         row, weight = items[starts[i] : starts[i] + width], weights[i]
         for k in range(width):
             out[k] += real(row[k]) * weight
+
+
+@compiled
+def add_many_at(items: Any, starts: Any, weights: Any, out: Any) -> None:
+    """For each vector b, out[b] += Σ weights[b, i] × (row i), as `add_at` has it, to the bit, for
+    those of the rows whose weight is not 0.
+
+    `weights` float32 [vectors, rows]; `out` float32 [vectors, width], contiguous.
+    """
+    vectors, count = weights.shape
+    places, values, ends = chosen(starts, weights)
+    done = np.zeros(vectors, np.int64)
+    for tile in range(0, count, TILE_ROWS):
+        for b in range(vectors):
+            end = end_of(ends[b], done[b], tile, count)
+            add_at(items, places[b, done[b] : end], values[b, done[b] : end], out[b])
+            done[b] = end
+
+
+@compiled
+def chosen(starts: Any, weights: Any) -> Any:
+    """Of each vector the rows whose weight is not 0, in order: where they begin and their weights,
+    [vectors, rows], filled from the front; and how many are among the first rows up to and with
+    each tile's last, [vectors, tiles]."""
+    vectors, count = weights.shape
+    tiles = -(-count // TILE_ROWS)
+    places, values = np.empty((vectors, count), np.int64), np.empty((vectors, count), np.float32)
+    ends = np.zeros((vectors, tiles), np.int64)
+    for b in range(vectors):
+        found = 0
+        for i in range(count):
+            if weights[b, i] != 0:
+                places[b, found], values[b, found] = starts[i], weights[b, i]
+                found += 1
+            ends[b, i // TILE_ROWS] = found
+    return places, values, ends
+
+
+@compiled
+def end_of(ends: Any, done: int, tile: int, count: int) -> Any:
+    """How far a vector's rows go in the tile that begins at `tile`: in whole fours, as `add_at`
+    takes them, but for the last tile."""
+    end = ends[tile // TILE_ROWS]
+    return end if tile + TILE_ROWS >= count else end - (end - done) % 4
 
 
 @compiled
@@ -164,10 +238,13 @@ def mix(weights: Any, values: Any, room: int, out: Any) -> None:
 def compile_for(*dtypes: str) -> None:
     """Compiles the kernels for rows of `dtypes`, so that no token waits for it."""
     starts, wide = row_starts(1, 1), np.zeros((1, 1), np.float32)
+    many = np.zeros((VECTORS, 1), np.float32)
     for dtype in dtypes:
         items = np.zeros(1, BITS[dtype])
         dot_at(items, starts, wide[0], wide[0])
+        dot_many_at(items, starts, many, 0, 1, many)
         add_at(items, starts, wide[0], wide[0])
+        add_many_at(items, starts, wide, wide)
         widen_at(items, starts, wide)
         score(wide, items, 1, wide)
         mix(wide, items, 1, wide)

@@ -4,12 +4,17 @@ Units are last in the name. A bound that a user may want to change is a setting 
 """
 
 # Requests
-QUEUE_MAX = 16  # admitted and waiting, beside the one that runs
+QUEUE_MAX = 16  # admitted and waiting, beside those that run
+RUNNING_MAX = 8  # requests that share decode steps, if the KV cache has room for so many
+KEPT_MAX = 16  # sequences in the KV cache whose request is over
+KV_ROOM_TOKENS = 64  # room in the KV cache is given out in so many tokens: whole pages of a head
 
 # A step
 PREFILL_ROWS_MAX = 512  # tokens of a prompt in one step, if nothing else is asked for
 PREFILL_ROWS_MIN = 64  # as few where memory is short
+PREFILL_ROWS_SHARED_MAX = 128  # while others decode, who wait for as long as a block takes
 PREDICT_ROWS_MAX = 16  # beyond this many tokens a step's union is nearly the whole layer
+PREDICT_REQUESTS_KEPT = 12  # of whose last tokens the predictor knows
 
 # Reads
 READS_IN_FLIGHT_MAX = 128  # queue depth that the reader gives the drive
@@ -54,7 +59,9 @@ CLIENT_HEARTBEAT_S = 1.0  # ZeroMQ's own, on the clients' connections
 CLIENT_LOST_S = 3.0  # a client whose connection is silent for this long is gone
 CLIENT_LINGER_S = 0.5  # at the end: the last words reach the clients' sockets
 
-assert PREDICT_ROWS_MAX < PREFILL_ROWS_MIN <= PREFILL_ROWS_MAX
+assert PREDICT_ROWS_MAX < PREFILL_ROWS_MIN <= PREFILL_ROWS_SHARED_MAX <= PREFILL_ROWS_MAX
+assert RUNNING_MAX <= PREDICT_ROWS_MAX, "a shared step is predicted, not streamed whole"
+assert RUNNING_MAX < PREDICT_REQUESTS_KEPT
 assert READ_BYTES_MAX % ALIGN_BYTES == 0
 assert READ_BYTES_MAX <= PART_BYTES_MAX
 assert PREFETCH_GROUPS_IN_FLIGHT_MAX * PREFETCH_BUNDLES_MAX <= READS_IN_FLIGHT_MAX, (

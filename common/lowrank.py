@@ -113,8 +113,8 @@ class Factors:
         return np.flatnonzero(self.scores(features).max(axis=0) > 0).astype(np.int32)
 
     def rank(self, features: Floats) -> Ids:
-        """Ids of the neurons named for the one row [1, features], the surest first."""
-        scores = self.scores(features)[0]
+        """Ids of the neurons named for any of the rows [rows, features], the surest first."""
+        scores = self.scores(features).max(axis=0)
         named = np.flatnonzero(scores > 0).astype(np.int32)
         return named[np.argsort(-scores[named], kind="stable")]
 

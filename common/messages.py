@@ -98,10 +98,10 @@ class Predict:
     """The FFN input of a layer; layer -1 is the embedding, from which layer 0 is looked ahead.
 
     A block of many tokens needs the `whole` layer: `x` then holds its last row only, which the
-    next token's look-ahead starts from.
+    next token's look-ahead starts from. A step that requests share has a row for each.
     """
 
-    request: int
+    requests: tuple[int, ...]  # whose row each is, or the one whose all rows are
     step: int
     layer: int
     whole: bool
@@ -114,7 +114,7 @@ class Predict:
 class Fetch:
     """Neurons that a layer waits for (demand), or that it will probably need (prefetch)."""
 
-    request: int
+    request: int  # of a step that requests share, the first
     step: int
     layer: int
     prefetch: bool

@@ -26,7 +26,20 @@ from numba import types
 from numba.extending import intrinsic
 
 from common.integer_dot import dot4_at, dot8_at, scale_at
-from common.kernels import BITS, add_at, compiled, dot_at, real, widen_at
+from common.kernels import (
+    BITS,
+    TILE_ROWS,
+    VECTORS,
+    add_at,
+    add_many_at,
+    chosen,
+    compiled,
+    dot_at,
+    dot_many_at,
+    end_of,
+    real,
+    widen_at,
+)
 from common.store.geometry import GROUP, SCALED, row_bytes
 
 Bits = npt.NDArray[Any]
@@ -101,6 +114,39 @@ def _add4_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out:
             for k in range(HALF):
                 sums[g, k] += low(bytes_a[g, k]) * p + least
                 sums[g, k + HALF] += high(bytes_a[g, k]) * p + least
+
+
+@compiled
+def _dot4_many_at(items: Any, starts: Any, xs: Any, begin: int, stop: int, out: Any) -> None:
+    """`dot_many_at` of int4 rows: some of them for one vector after another, while they are in a
+    core's cache."""
+    for first in range(begin, stop, TILE_ROWS):
+        end = min(first + TILE_ROWS, stop)
+        for b in range(xs.shape[0]):
+            dot4_at(items, starts[first:end], xs[b], out[b, first:end])
+
+
+@compiled
+def _dot8_many_at(items: Any, starts: Any, xs: Any, begin: int, stop: int, out: Any) -> None:
+    """The same of int8 rows."""
+    for first in range(begin, stop, TILE_ROWS):
+        end = min(first + TILE_ROWS, stop)
+        for b in range(xs.shape[0]):
+            dot8_at(items, starts[first:end], xs[b], out[b, first:end])
+
+
+@compiled
+def _add4_many_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out: Any) -> None:
+    """`add_many_at` of int4 rows of `width` numbers, from number `begin`, the first of a group."""
+    vectors, count = weights.shape
+    places, values, ends = chosen(starts, weights)
+    done = np.zeros(vectors, np.int64)
+    for tile in range(0, count, TILE_ROWS):
+        for b in range(vectors):
+            end = end_of(ends[b], done[b], tile, count)
+            some = places[b, done[b] : end], values[b, done[b] : end]
+            _add4_at(items, some[0], some[1], width, begin, out[b])
+            done[b] = end
 
 
 @compiled
@@ -214,6 +260,12 @@ def dot_rows(items: Bits, starts: Starts, x: Floats, out: Floats) -> None:
     multiply(items, starts, x, out)
 
 
+def dot_many(items: Bits, starts: Starts, xs: Floats, first: int, end: int, out: Floats) -> None:
+    """`dot_many_at` of rows of any number format. For each vector the result of `dot_rows`."""
+    formats = {np.dtype(np.uint8): _dot4_many_at, np.dtype(np.int8): _dot8_many_at}
+    formats.get(items.dtype, dot_many_at)(items, starts, xs, first, end, out)
+
+
 def scales_of(items: Bits, starts: Starts) -> Floats:
     """The scales of int8 rows, float32 [rows]."""
     scales = np.empty(len(starts), np.float32)
@@ -230,6 +282,18 @@ def add_rows(
         _add4_at(items, starts, weights, width, begin, out)
     else:
         add_at(items, starts + begin, weights, out)
+
+
+def add_many(
+    items: Bits, starts: Starts, weights: Floats, width: int, begin: int, out: Floats
+) -> None:
+    """`add_many_at` of rows of any format, else as `add_rows`: `weights` float32 [vectors, rows],
+    `out` float32 [vectors, width], contiguous. For each vector the result of `add_rows` with the
+    rows whose weight is not 0."""
+    if items.dtype == np.uint8:
+        _add4_many_at(items, starts, weights, width, begin, out)
+    else:
+        add_many_at(items, starts + begin, weights, out)
 
 
 def widen_rows(items: Bits, starts: Starts, width: int, begin: int, out: Floats) -> None:
@@ -264,8 +328,11 @@ def unpacked(raw: npt.NDArray[np.uint8], number_format: str, width: int) -> Floa
 def compile_packed() -> None:
     """Compiles what a server takes of packed rows, so that no token waits for it."""
     starts, wide = np.zeros(1, np.int64), np.zeros((1, GROUP), np.float32)
+    many = np.zeros((VECTORS, GROUP), np.float32)
     for number_format in ("int8", "int4"):
         items = np.zeros(row_bytes("int4", GROUP) * 2, np.uint8).view(BITS[number_format])
         dot_rows(items, starts, wide[0], wide[0, :1])
+        dot_many(items, starts, many, 0, 1, np.zeros((VECTORS, 1), np.float32))
         add_rows(items, starts, wide[0, :1], GROUP, 0, wide[0])
+        add_many(items, starts, np.zeros((1, 1), np.float32), GROUP, 0, wide)
         widen_rows(items, starts, GROUP, 0, wide)

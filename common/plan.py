@@ -22,7 +22,13 @@ from common import lowrank
 from common.cgroup import machine_bytes
 from common.config import Settings, cache_bytes
 from common.errors import SettingError
-from common.limits import PART_BYTES_MAX, PREFILL_ROWS_MAX, PREFILL_ROWS_MIN
+from common.limits import (
+    KV_ROOM_TOKENS,
+    PART_BYTES_MAX,
+    PREFILL_ROWS_MAX,
+    PREFILL_ROWS_MIN,
+    RUNNING_MAX,
+)
 from common.policy import slots_by_use
 from common.resident import HEAD, resident_bytes
 from common.store.geometry import DTYPE_BYTES, Geometry
@@ -51,6 +57,7 @@ WORKSPACE_HELD = 2
 WORKSPACE_SHARE = 16  # of the budget a block of a prompt may have 1/16, or it is made smaller
 BLOCK_CACHE_SHARE = 3 / 4  # and it leaves so much of the cache that the smallest block would
 LOGITS_COPIES = 8  # float32 vectors over the vocabulary while a token is chosen
+LOGITS_SHARED = 2 * (RUNNING_MAX - 1)  # and those of the other requests in the step
 STREAM_COPIES = 6  # float32 blocks [rows, hidden] at once: input, its copy, sum, residual, norms
 RESERVE_BYTES_MIN = 32 << 20
 RESERVE_SHARE = 64  # 1/64 of the budget, if that is more
@@ -76,7 +83,8 @@ class Plan:
     reserve_bytes: int
     cache_bytes: int
     cache_bytes_min: int  # of which a cache that shrinks keeps so much
-    context: int  # tokens
+    context: int  # tokens of prompt and answer of one request, at most
+    kv_tokens: int  # room in the KV cache, for all requests that run
     block: int  # tokens of a prompt in one step, at most
     slots: tuple[int, ...]  # per layer
 
@@ -164,7 +172,7 @@ def _context(settings: Settings, needs: Needs) -> int:
 
 def _divide(settings: Settings, needs: Needs, block: int) -> Plan:
     geometry, context = needs.geometry, _context(settings, needs)
-    fixed = _fixed_lines(needs, context, block)
+    fixed = _fixed_lines(settings, needs, block)
     each = _slots_per_layer(settings, geometry, sum(fixed.values()))
     slots = _share(each, settings.slots, needs)
     cache = sum(slots) * geometry.stride_bytes
@@ -178,6 +186,7 @@ def _divide(settings: Settings, needs: Needs, block: int) -> Plan:
         cache_bytes=cache,
         cache_bytes_min=min(cache, _slots_min(geometry) * geometry.layers * geometry.stride_bytes),
         context=context,
+        kv_tokens=settings.sequences * kv_room(context),
         block=block,
         slots=slots,
     )
@@ -188,7 +197,7 @@ def smallest_bytes(settings: Settings, needs: Needs) -> int:
     block = _blocks(settings, needs)[-1]
     geometry = needs.geometry
     layer_slot = geometry.layers * geometry.stride_bytes
-    taken = sum(_fixed_lines(needs, _context(settings, needs), block).values())
+    taken = sum(_fixed_lines(settings, needs, block).values())
     taken += _slots_min(geometry) * (layer_slot + _cache_tables(layer_slot))
     # A plan takes the reserve from the budget, which is the larger.
     return max(taken + _reserve(taken), -(-taken * RESERVE_SHARE // (RESERVE_SHARE - 1)))
@@ -207,6 +216,11 @@ def resolve_predictor(settings: Settings, store: Store) -> str:
     return settings.predictor
 
 
+def kv_room(tokens: int) -> int:
+    """Tokens of room in the KV cache that a sequence of `tokens` takes."""
+    return -(-tokens // KV_ROOM_TOKENS) * KV_ROOM_TOKENS
+
+
 def kv_token_bytes(config: Mapping[str, Any], item_bytes: int) -> int:
     """Bytes of keys and values of one token, all layers; `config` is the model's config.json."""
     heads = config["num_attention_heads"]
@@ -218,16 +232,17 @@ def _head_width(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _fixed_lines(needs: Needs, context: int, block: int) -> dict[str, int]:
+def _fixed_lines(settings: Settings, needs: Needs, block: int) -> dict[str, int]:
     """Every line but the cache and the reserve; the kernel's without its share for the cache."""
-    geometry = needs.geometry
+    geometry, context = needs.geometry, _context(settings, needs)
+    kv_tokens = settings.sequences * kv_room(context)
     computed_bytes = DTYPE_BYTES[geometry.compute_dtype]
     resident = needs.packed_bytes
     if resident is None:
         resident = needs.resident_bytes * computed_bytes // geometry.item_bytes
     lines = {
         "resident_bytes": resident,
-        "kv_bytes": context * kv_token_bytes(needs.config, computed_bytes),
+        "kv_bytes": kv_tokens * kv_token_bytes(needs.config, computed_bytes),
         "predictors_bytes": needs.predictors_bytes,
         "workspace_bytes": _workspace_bytes(needs, context, block),
     }
@@ -273,7 +288,7 @@ def _workspace_bytes(needs: Needs, context: int, block: int) -> int:
     width = config["num_attention_heads"] * _head_width(config)
     # Queries and output, keys and values as float32, and the mask, as bytes and as float32.
     attention = (2 * rows + 2 * context) * width * 4 + rows * context * 5
-    logits = LOGITS_COPIES * config["vocab_size"] * 4
+    logits = (LOGITS_COPIES + LOGITS_SHARED) * config["vocab_size"] * 4
     return WORKSPACE_HELD * int(stream + max(ffn, attention) + logits)
 
 

@@ -54,6 +54,8 @@ SPANS: dict[str, dict[str, tuple[str, ...]]] = {
         # of that, ready to run and without a core, by the kernel's count.
         "token": ("index", "delayed_ns"),
         "step": ("rows",),  # one forward pass
+        "admit": ("reused",),  # its place in the KV cache is made
+        "others": (),  # what was done meanwhile was for other requests
         "embed": ("product_ns",),  # what comes before the first layer
         # From the FFN before to this layer's; `product_ns` is spent in products of matrices.
         "attention": ("product_ns",),

@@ -9,6 +9,7 @@ over, or never was, is silently ignored: it may have crossed the end on its way.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +61,13 @@ class Stats:
 
     Seconds are wall time. A stall is time in which compute waited for a neuron. Bytes and reads
     are those made from flash for this request.
+
+    Of a step that it shared with other requests its times are whole, for it waited so long; bytes,
+    reads and neurons are divided equally among the requests of the step.
     """
 
     prompt_tokens: int
-    reused_tokens: int  # of the prompt: computed for the request before, and kept
+    reused_tokens: int  # of the prompt: computed for a request before, and kept
     new_tokens: int
     queue_s: float
     time_to_first_token_s: float
@@ -85,6 +89,7 @@ class Stats:
     decode_flash_stall_s: float  # of that, waiting for reads
     decode_predictor_stall_s: float  # of that, until the neurons were named
     decode_queue_stall_s: float  # of that, while messages lay between two processes
+    decode_others_s: float  # while blocks of other requests' prompts were computed
     compute_s: float  # products of matrices, and choosing tokens
     decode_compute_s: float
 
@@ -125,12 +130,19 @@ class Stats:
     @property
     def decode_python_s(self) -> float:
         """The rest of the decode time: the model's code around its products, and messages."""
-        return max(self.decode_s - self.decode_compute_s - self.decode_stall_s, 0.0)
+        known = self.decode_compute_s + self.decode_stall_s + self.decode_others_s
+        return max(self.decode_s - known, 0.0)
 
     @property
     def decode_stall_share(self) -> float:
         """Share of the decode time in which compute waited for a neuron."""
         return self.decode_stall_s / self.decode_s if self.decode_s > 0 else 0.0
+
+
+NO_STATS = Stats(
+    **{f.name: 0.0 if f.type == "float" else 0 for f in dataclasses.fields(Stats)}  # type: ignore[arg-type]
+)
+"""Those of a request of which nothing is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +169,7 @@ class Waiting:
     """A sign of life, about once a second, of a request that has nothing else to say."""
 
     request: int
-    ahead: int  # requests before it in the queue; 0: it is being computed, or is the next
+    ahead: int  # requests before it, running or waiting; 0: it is being computed, or is the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +179,7 @@ class Prefilling:
     `layers`."""
 
     request: int
-    tokens_done: int  # with those that the request before had computed
+    tokens_done: int  # with those that a request before had computed
     tokens: int
     block: int
     layers_done: int

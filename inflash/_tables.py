@@ -72,7 +72,9 @@ def _facts(report: Report) -> Table:
     table.add_row("settings", ", ".join(chosen))
     table.add_row(
         "queue",
-        f"{queue['running']} running, {queue['waiting']} waiting (at most {queue['max']})",
+        f"{queue['running']} running (at most {queue['running_max']}, with"
+        f" {queue['room_taken_tokens']:,} of {queue['room_tokens']:,} tokens of KV cache),"
+        f" {queue['waiting']} waiting (at most {queue['max']})",
     )
     table.add_row("requests", ", ".join(f"{k} {v:,}" for k, v in counters.items()))
     if report["figures"]["requests"]:

@@ -45,6 +45,12 @@ _OPTIONS = [
     ),
     click.option("--context", metavar="TOKENS", help="Prompt and answer. [default: 2048]"),
     click.option(
+        "--sequences",
+        metavar="N",
+        help="KV cache room for N sequences of --context tokens; shorter requests share it, so more"
+        " than N can run together. [default: 1]",
+    ),
+    click.option(
         "--block",
         metavar="auto|TOKENS",
         help="Of a prompt, in one pass over the weights. [default: auto: 512, fewer if memory is"
@@ -53,7 +59,7 @@ _OPTIONS = [
     click.option(
         "--reuse",
         type=click.Choice(["on", "off"]),
-        help="Compute no prompt tokens again that the request before had. [default: on]",
+        help="Compute no prompt tokens again that a request before had. [default: on]",
     ),
     click.option("--threads", metavar="N", help="Of compute. [default: all cores]"),
     click.option("--backend", type=click.Choice(["auto", "aio", "threads"]), help="How to read."),

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.bench.clients import measure_clients
+from common.bench.clients import PROMPT_TOKENS, measure_clients
 from common.bench.processes import bytes_read, major_faults, peak_bytes
 from common.bench.rivals.program import Options, Result, Timed, main
 from common.errors import UserError
@@ -105,10 +105,7 @@ def contend(options: Options) -> Served:
                 load_ms = (time.perf_counter() - start) * 1e3
                 forget_imports()
                 answered = [_ask(client, server, question) for question in questions]
-                together = [
-                    measure_clients(server.run_dir, count, options.tokens)
-                    for count in options.own.clients
-                ]
+                together = _measure_clients(server, options, vocabulary(store))
                 pids = {name: process.pid for name, process in server.processes.items()}
                 peaks = {name: peak_bytes(pid) for name, pid in pids.items()}
         except InflashError as error:
@@ -132,6 +129,31 @@ def contend(options: Options) -> Served:
         cache_share=plan.cache_bytes / store.geometry.ffn_bytes,
         clients=together,
     )
+
+
+def _measure_clients(server: Server, options: Options, ids: int) -> list[dict[str, Any]]:
+    """What so many clients get as `--clients` say, each with a prompt and an answer of its own."""
+    if not options.own.clients:
+        return []
+    random = np.random.default_rng(SEED)
+
+    def draw(count: int) -> list[list[int]]:
+        return random.integers(0, ids, (max(options.own.clients), count)).tolist()
+
+    rows = measure_clients(
+        server.run_dir, options.own.clients, options.tokens,
+        prompts=draw(PROMPT_TOKENS), given=draw(options.tokens),
+    )  # fmt: skip
+    for row in rows:
+        if row.lost or row.doubled or row.different:
+            raise UserError(
+                f"of {row.n} clients not each got its tokens: give the server a context that has"
+                " room for prompt and answer"
+            )
+    return [
+        {"n": row.n, "tokens_per_s": row.tokens_per_s, "slowest_share": row.slowest_share}
+        for row in rows
+    ]
 
 
 def vocabulary(store: Store) -> int:

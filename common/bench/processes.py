@@ -29,6 +29,12 @@ def peak_bytes(pid: int) -> int | None:
     return None if kilobytes is None else 1024 * kilobytes
 
 
+def resident_bytes(pids: Iterable[int]) -> int | None:
+    """What these processes have in memory now; what they share counts once. None: not counted."""
+    sizes = _sum(_field(pid, "smaps_rollup", "Pss") for pid in pids)
+    return None if sizes is None else 1024 * sizes
+
+
 def _field(pid: int, file: str, name: str) -> int | None:
     found = re.search(rf"^{name}:\s+(\d+)", _text(pid, file), re.MULTILINE)
     return int(found[1]) if found else None

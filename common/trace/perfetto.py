@@ -1,6 +1,7 @@
 """A run as a trace that Perfetto and chrome://tracing open: the JSON trace event format. Pure.
 
-One track per process. Spans of one thread nest; reads, and requests in the gateway, overlap and are
+One track per process, and in compute one for each of the requests that run together. Spans of one
+track nest; reads, and requests in the gateway, overlap and are
 asynchronous events. Arrows go Predict → Fetch → Read → FFN, of look-ahead too.
 
 https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
@@ -25,13 +26,14 @@ _OVERLAPPING = ("read", "request", "queue")
 def trace_of(run: Run) -> dict[str, Any]:
     """The whole file as one object."""
     start_ns = min(span.start_ns for spans in run.spans.values() for span in spans)
-    events = [*_names(), *_spans(run, start_ns), *_counters(run, start_ns)]
+    lanes = lanes_of(run)
+    events = [*_names(lanes), *_spans(run, lanes, start_ns), *_counters(run, start_ns)]
     number = 0
     for token in run.tokens:
         for layer in token.layers:
             for flow in _flows(token, layer, run.chains.get((layer.step, layer.layer), Chain())):
                 number += 1
-                events += _arrows(flow, number, start_ns)
+                events += _arrows(flow, number, lanes[token.request], start_ns)
     return {
         "traceEvents": events,
         "displayTimeUnit": "ms",
@@ -39,7 +41,20 @@ def trace_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _names() -> Iterator[Event]:
+def lanes_of(run: Run) -> dict[int, int]:
+    """Which of compute's tracks each request has: the first that is free while it runs."""
+    lanes: dict[int, int] = {}
+    free_ns: list[int] = []  # by lane
+    ends = {token.request: token.end_ns for token in run.tokens}
+    for token in sorted(run.tokens, key=lambda token: token.start_ns):
+        if token.request not in lanes:
+            lane = next((n for n, ns in enumerate(free_ns) if ns <= token.start_ns), len(free_ns))
+            free_ns[lane : lane + 1] = [ends[token.request]]
+            lanes[token.request] = THREAD + lane
+    return lanes
+
+
+def _names(lanes: dict[int, int]) -> Iterator[Event]:
     for service, pid in PIDS.items():
         for kind, args in (
             ("process_name", {"name": service}),
@@ -47,9 +62,12 @@ def _names() -> Iterator[Event]:
             ("thread_name", {"name": "loop"}),
         ):
             yield {"ph": "M", "name": kind, "pid": pid, "tid": THREAD, "args": args}
+    for lane in sorted(set(lanes.values()) - {THREAD}):
+        args = {"name": f"loop, beside {lane - THREAD} others"}
+        yield {"ph": "M", "name": "thread_name", "pid": PIDS["compute"], "tid": lane, "args": args}
 
 
-def _spans(run: Run, start_ns: int) -> Iterator[Event]:
+def _spans(run: Run, lanes: dict[int, int], start_ns: int) -> Iterator[Event]:
     for service, spans in run.spans.items():
         pid = PIDS[service]
         whole = {(t.request, t.index) for t in run.tokens}
@@ -61,7 +79,8 @@ def _spans(run: Run, start_ns: int) -> Iterator[Event]:
                 continue
             args: dict[str, Any] = {"request": run.ordinal(span.request)}
             args |= {"step": span.step, "layer": span.layer} if span.step >= 0 else {}
-            common = {"name": span.name, "cat": service, "pid": pid, "tid": THREAD}
+            lane = lanes[span.request] if service == "compute" else THREAD
+            common = {"name": span.name, "cat": service, "pid": pid, "tid": lane}
             args |= span.named_fields()
             if span.name in _OVERLAPPING:
                 number += 1
@@ -130,12 +149,12 @@ def _in(service: str, span: Span) -> Point:
     return service, span.start_ns
 
 
-def _arrows(flow: list[Point], number: int, start_ns: int) -> Iterator[Event]:
+def _arrows(flow: list[Point], number: int, lane: int, start_ns: int) -> Iterator[Event]:
     for place, (service, ns) in enumerate(flow):
         phase = "s" if place == 0 else "f" if place == len(flow) - 1 else "t"
         event = {
             "ph": phase, "name": "part", "cat": "part", "id": number, "pid": PIDS[service],
-            "tid": THREAD, "ts": _us(ns, start_ns),
+            "tid": lane if service == "compute" else THREAD, "ts": _us(ns, start_ns),
         }  # fmt: skip
         yield event | ({"bp": "e"} if phase != "s" else {})
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.messages import SERVICES
-from common.spans import Span, SpanReader
+from common.spans import NO_REQUEST, NO_STEP, Span, SpanReader
 from common.trace.tokens import Token, tokens_of
 
 
@@ -79,11 +79,17 @@ class Run:
     def only(self, wanted: str) -> Run:
         """The run as if it had one request: by its ordinal, its number, or "last"."""
         request = self._find(wanted)
-        spans = {
-            service: [span for span in found if span.request in (request.number, -1)]
+        tokens = [token for token in self.tokens if token.request == request.number]
+        steps = {span.step for token in tokens for span in token.spans} - {NO_STEP}
+        spans = {  # predictor and reader name one request of a step that some share
+            service: [
+                span
+                for span in found
+                if span.request in (request.number, NO_REQUEST)
+                or (span.step in steps and service in ("predictor", "reader"))
+            ]
             for service, found in self.spans.items()
         }
-        tokens = [token for token in self.tokens if token.request == request.number]
         if not tokens:
             raise UserError(f"request {request.ordinal} has no token that was traced")
         return Run(

@@ -171,7 +171,7 @@ def figures(run: Run) -> dict[str, Any]:
         name: sum(token.count(name) for token in decoded)
         for name in ("hits", "misses", "prefetched", "fired", "late_fired", "bytes_read", "reads")
     }
-    wall_ms = sum(token.ns for token in decoded) / NS
+    wall_ms = _covered_ns(decoded) / NS
     return {
         "run_dir": str(run.run_dir),
         "requests": [_request(run, number) for number in dict.fromkeys(
@@ -198,6 +198,15 @@ def figures(run: Run) -> dict[str, Any]:
             for token in run.tokens
         ],
     }  # fmt: skip
+
+
+def _covered_ns(tokens: Sequence[Token]) -> int:
+    """The time in which any of them was made: requests that run together share it."""
+    covered = end_ns = 0
+    for token in sorted(tokens, key=lambda token: token.start_ns):
+        covered += max(token.end_ns - max(token.start_ns, end_ns), 0)
+        end_ns = max(end_ns, token.end_ns)
+    return covered
 
 
 def _request(run: Run, number: int) -> dict[str, Any]:

@@ -12,17 +12,19 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from common.trace.tokens import CAUSES
+from common.trace.tokens import CAUSES, IN_A_LAYER
 from common.trace.verdict import Verdict
 
 COLOURS = {
-    "compute": "green", "predictor": "magenta", "queue": "yellow", "flash": "red", "python": "blue"
+    "compute": "green", "predictor": "magenta", "queue": "yellow", "flash": "red",
+    "others": "cyan", "python": "blue",
 }  # fmt: skip
 WHAT = {
     "compute": "products of matrices, choosing the token",
     "predictor": "waiting until the neurons were named",
     "queue": "waiting while messages lay between processes",
     "flash": "waiting for reads",
+    "others": "prompts of other requests, computed in between",
     "python": "the model's own code, making and sending messages",
 }
 BAR = 60  # characters
@@ -89,11 +91,11 @@ def layers(found: Mapping[str, Any]) -> RenderableType:
         box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title, title_justify="left",
         title_style="bold",
     )  # fmt: skip
-    for name in ("layer", "median", "95 %", *CAUSES, "hits", "late"):
+    for name in ("layer", "median", "95 %", *IN_A_LAYER, "hits", "late"):
         table.add_column(name, justify="right", style=COLOURS.get(name, ""))
     for row in rows:
         times = (f"{row['ms'][p]:.2f}" for p in ("p50", "p95"))
-        by_cause = (f"{row['by_cause'][cause]:.2f}" for cause in CAUSES)
+        by_cause = (f"{row['by_cause'][cause]:.2f}" for cause in IN_A_LAYER)
         rates = percent(row["hit_rate"]), percent(row["late_share"])
         table.add_row(str(row["layer"]), *times, *by_cause, *rates)
     return table

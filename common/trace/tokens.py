@@ -7,6 +7,7 @@ spans; each counts as one cause:
     predictor   compute waited until the neurons were named
     queue       compute waited while a message lay between two processes
     flash       compute waited for reads
+    others      compute was at other requests' prompts
     python      the model's own code around its products; messages made and sent
 """
 
@@ -16,14 +17,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from common.limits import RUNNING_MAX
 from common.spans import COUNTS, NO_LAYER, Span
 
-CAUSES = ("compute", "predictor", "queue", "flash", "python")
+CAUSES = ("compute", "predictor", "queue", "flash", "others", "python")
+IN_A_LAYER = tuple(cause for cause in CAUSES if cause != "others")
 WAITS = ("predictor", "queue", "flash")
 _WITH_PRODUCTS = ("embed", "attention", "head")
 _COMPUTE = ("ffn", "sample")
-_PYTHON = ("ask", "release", "send")
-LEAVES = (*_WITH_PRODUCTS, *_COMPUTE, *_PYTHON, "wait")
+_PYTHON = ("admit", "ask", "release", "send")
+LEAVES = (*_WITH_PRODUCTS, *_COMPUTE, *_PYTHON, "wait", "others")
+UNFINISHED_MAX = 2 * RUNNING_MAX  # requests of which a token is not whole
 
 
 @dataclass(frozen=True)
@@ -77,32 +81,34 @@ def causes_of(span: Span) -> Iterator[tuple[str, int]]:
         yield "compute", span.ns
     elif span.name in _PYTHON:
         yield "python", span.ns
+    elif span.name == "others":
+        yield "others", span.ns
 
 
 @dataclass
 class Assembler:
-    """Puts tokens together as compute's spans come; keeps what belongs to the next."""
+    """Puts tokens together as compute's spans come, those of several requests among each other;
+    keeps what belongs to the next."""
 
-    _spans: list[Span] = field(default_factory=list)
+    _spans: dict[int, list[Span]] = field(default_factory=dict)  # by request
 
     def feed(self, spans: Iterable[Span]) -> Iterator[Token]:
         """The tokens that these spans complete."""
         for span in spans:
-            if self._spans and self._spans[-1].request != span.request:
-                self._spans = []  # a request that was cancelled, or failed, within a token
-            self._spans.append(span)
+            own = self._spans.setdefault(span.request, [])
+            own.append(span)
             if span.name == "token":
-                yield _token(self._spans)
-                self._spans = []
+                yield _token(own)
+                del self._spans[span.request]
+            elif len(self._spans) > UNFINISHED_MAX:  # some were cancelled, or failed, within one
+                oldest = min(self._spans, key=lambda request: self._spans[request][-1].end_ns)
+                del self._spans[oldest]
 
 
 def tokens_of(spans: Iterable[Span]) -> list[Token]:
-    """All whole tokens in compute's spans, in time. The first that is there may have lost its
-    oldest spans to a full file: it is left out then."""
-    found = list(Assembler().feed(span for span in spans if span.name != "beat"))
-    if found and not _is_whole(found[0]):
-        del found[0]
-    return found
+    """All whole tokens in compute's spans, in time. The first of a request that is there may have
+    lost its oldest spans to a full file: it is left out then."""
+    return list(filter(_is_whole, Assembler().feed(s for s in spans if s.name != "beat")))
 
 
 def _is_whole(token: Token) -> bool:

@@ -35,6 +35,7 @@ CAUSES = {
     "cache": "reads that a larger cache would save",
     "predictor": "waiting for the predictor: neurons are named late",
     "queue": "messages that wait to be taken up by the next process",
+    "others": "prompts of other requests, computed in between",
     "cores": "too few cores: processes that could run wait for one",
     "memory_bandwidth": "reading weights from memory",
     "python": "the model's own code around its products, and messages",
@@ -162,6 +163,9 @@ def _because(found: Evidence, cause: str, ms: float, share: float) -> str:
             f" neurons; its own work takes {found.predicts_ms:.1f} ms of them."
         ),
         "queue": f"Hand-overs bound this run: {of} pass while messages wait to be taken up.",
+        "others": (
+            f"Other requests bound this run: {of} are blocks of their prompts, computed in between."
+        ),
         "cores": (
             f"Cores bound this run: {of} are"
             + (" lost by processes that could run and had no core."

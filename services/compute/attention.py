@@ -1,4 +1,4 @@
-"""Attention for one sequence on a CPU, registered with transformers under ATTENTION.
+"""Attention of each sequence on a CPU, registered with transformers under ATTENTION.
 
 No mask is passed (transformers makes none for a name that it has no mask function for): queries are
 the last positions of the keys, causal, no padding. The name must not contain "flash": transformers
@@ -7,8 +7,8 @@ would take it for FlashAttention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from common.kernels import mix, score
-from services.compute.products import Bits, bits_of
+from services.compute.products import SHARED_BYTES_MIN, Bits, bits_of
 
 ATTENTION = "single_sequence"
 
@@ -29,11 +29,26 @@ def alone(count: int, step: int, work: Callable[[int, int], None]) -> None:
     work(0, count)
 
 
+class Held(NamedTuple):
+    """Keys and values of one sequence, as numbers [kv heads × room × width] each, and how many
+    tokens of the room are filled."""
+
+    keys: Bits
+    values: Bits
+    room: int
+    tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is filled."""
+        return (self.keys.nbytes + self.values.nbytes) // self.room * self.tokens
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | tuple[Held, ...],
+    value: torch.Tensor | tuple[Held, ...],
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     share: Share = alone,
@@ -42,12 +57,38 @@ def attend(
     """Attention of `query` [1, heads, rows, width] over key, value [1, kv heads, tokens, width].
 
     Returns [1, rows, heads, width] in the query's dtype, and no weights. Of a block of tokens the
-    heads are shared by `share`.
+    heads are shared by `share`. In a step of several sequences, each has a query [heads, 1, width],
+    and keys and values of its own, `Held`: the sequences are shared, too.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, tuple):
+        return _attend_each(query[:, :, 0], key, scale, share), None
+    assert isinstance(value, torch.Tensor)
     if query.shape[2] == 1:
         return _attend_one(query[0, :, 0], key[0], value[0], scale), None
     return _attend_block(query[0], key[0], value[0], scale, share), None
+
+
+def _attend_each(
+    query: torch.Tensor, held: Sequence[Held], scale: float, share: Share
+) -> torch.Tensor:
+    """One query of each sequence, [sequences, heads, width], over what it holds; as `_attend_one`
+    has it, to the bit."""
+    wide = (query.float() * scale).numpy()
+    out = torch.zeros(len(query), 1, *query.shape[1:])
+    mixed = out[:, 0].numpy()
+
+    def work(first: int, end: int) -> None:
+        for i in range(first, end):
+            scores = torch.empty(query.shape[1], held[i].tokens)
+            score(wide[i], held[i].keys, held[i].room, scores.numpy())
+            mix(torch.softmax(scores, dim=1).numpy(), held[i].values, held[i].room, mixed[i])
+
+    if sum(each.nbytes for each in held) < SHARED_BYTES_MIN:
+        work(0, len(query))
+    else:
+        share(len(query), 1, work)
+    return out.to(query.dtype)
 
 
 def _attend_block(

@@ -44,7 +44,12 @@ class FlashFFN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The FFN's output for `x` [..., hidden], in x's shape and dtype; summed in float32."""
         rows = x.reshape(-1, self.hidden)
-        out = self._one(rows) if len(rows) == 1 else self._block(rows)
+        if len(rows) == 1:
+            out = self._one(rows)
+        elif self.pipeline.shared:
+            out = self._few(rows)
+        else:
+            out = self._block(rows)
         if "down" in self.biases:
             out += self.biases["down"]
         return out.to(x.dtype).view(x.shape)
@@ -53,6 +58,13 @@ class FlashFFN(nn.Module):
         wide, out = rows[0].float(), torch.zeros(self.hidden)
         for part in self.pipeline.parts(self.layer, rows):
             self._add_one(out, wide, part)
+        return out
+
+    def _few(self, rows: torch.Tensor) -> torch.Tensor:
+        """A token of each of a few requests: the union of their neurons, for each of them."""
+        wide, out = rows.float(), torch.zeros(len(rows), self.hidden)
+        for part in self.pipeline.parts(self.layer, rows):
+            self._add_few(out, wide, part)
         return out
 
     def _block(self, rows: torch.Tensor) -> torch.Tensor:
@@ -65,11 +77,10 @@ class FlashFFN(nn.Module):
         return out.T.contiguous()
 
     def _bias(self, z: torch.Tensor, name: str, ids: torch.Tensor) -> torch.Tensor:
-        """Of neurons `ids`, the first dimension of `z`."""
+        """Of neurons `ids`, the last dimension of `z`."""
         if name not in self.biases:
             return z
-        bias = self.biases[name][ids]
-        return z.add_(bias if z.dim() == 1 else bias[:, None])
+        return z.add_(self.biases[name][ids])
 
     def _add_one(self, out: torch.Tensor, x: torch.Tensor, part: Part) -> None:
         """Adds a part's share for one token, straight from the cache."""
@@ -85,13 +96,27 @@ class FlashFFN(nn.Module):
             h = h * self._bias(rows.dot("up", slots, x), "up", ids)
         rows.add("down", slots, h, out)
 
+    def _add_few(self, out: torch.Tensor, xs: torch.Tensor, part: Part) -> None:
+        """Adds a part's share for a few tokens, `xs` [tokens, hidden]. The other rows of a neuron
+        are touched if it fires for any of them, once for all."""
+        first, rows = self.first, self.pipeline.rows
+        h = self.act(self._bias(rows.dot_many(first, part.slots, xs), first, part.ids))
+        fires = h.any(dim=0).nonzero().squeeze(1)
+        self.pipeline.fired(part, len(fires))
+        if not len(fires):
+            return
+        h, ids, slots = h[:, fires], part.ids[fires], part.slots[fires]
+        if first == "gate":
+            h = h * self._bias(rows.dot_many("up", slots, xs), "up", ids)
+        rows.add_many("down", slots, h, out)
+
     def _add_block(
         self, out: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor
     ) -> None:
         """Adds the share of some neurons for many tokens; no more of them than the plan has room
         for."""
         first, rows = self.first, self.pipeline.rows
-        h = self.act(self._bias(rows.dot_block(first, slots, x), first, ids))
+        h = self.act(self._bias(rows.dot_block(first, slots, x).T, first, ids).T)
         if first == "gate":
-            h *= self._bias(rows.dot_block("up", slots, x), "up", ids)
+            h *= self._bias(rows.dot_block("up", slots, x).T, "up", ids).T
         rows.add_block("down", slots, h, out)

@@ -1,26 +1,30 @@
-"""One request from prompt to last token: prefill in blocks, then a step a token. No sockets."""
+"""One request from prompt to last token: prefill in blocks, then a step a token. Pure but for the
+clock: it says which tokens come next, and takes what came of them.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
 
 import torch
 
 from common.messages import Admit, Prefilling
 from inflash._messages import Stats
+from services.compute.kv import Sequence
 from services.compute.sampling import Sampler
 from services.compute.waits import LayerWaits
-
-Step = Callable[[torch.Tensor, int], tuple[torch.Tensor, list[LayerWaits]]]
-"""Runs the model over tokens int64 [count] that stand from a position on: the logits after the last
-one, float32 [vocabulary], and what each layer waited for."""
 
 
 def prompt_of(admit: Admit) -> torch.Tensor:
     """The prompt's token ids, int64 [tokens]."""
     return torch.frombuffer(bytearray(admit.prompt), dtype=torch.int32).long()
+
+
+def limit_of(admit: Admit, context: int) -> int:
+    """Tokens that its answer may have."""
+    return min(admit.sampling.max_new_tokens, context - len(admit.prompt) // 4)
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Tally:
     queue_ns: int = 0
     compute_ns: int = 0
 
-    def add(self, waits: list[LayerWaits]) -> None:
+    def add(self, waits: Many[LayerWaits]) -> None:
         for layer in waits:
             self.bytes_read += layer.bytes_read
             self.reads += layer.reads
@@ -67,110 +71,116 @@ class Choice:
     logits: torch.Tensor  # float32 [vocabulary]
 
 
-@dataclass
 class Generation:
-    """Iterates over the tokens of `admit`; `reason` says why it ended."""
+    """A request that runs. `reason` says why it ended, "" while it goes on."""
 
-    admit: Admit
-    step: Step
-    end_ids: frozenset[int]
-    context: int  # tokens
-    block: int  # tokens of a prompt in one step
-    reused: int = 0  # of the prompt's tokens, those whose keys and values are kept
-    reason: str = "length"
-    new_tokens: int = 0
-    prefilled: int = 0  # of the prompt's tokens, those that are in the KV cache
-    total: Tally = field(default_factory=Tally)
-    decode: Tally = field(default_factory=Tally)
-    started: float = field(default_factory=time.monotonic)
-    first_token: float = 0.0
-    last_token: float = 0.0
+    def __init__(self, admit: Admit, sequence: Sequence, end_ids: frozenset[int], context: int):
+        """`sequence` has its keys and values, perhaps already of what its prompt begins with."""
+        self.admit, self.sequence = admit, sequence
+        self.reused = sequence.count  # of the prompt's tokens, those whose states were kept
+        self.aborted = False
+        self.reason = ""
+        self.new_tokens = 0
+        self.block = 0  # tokens of the prompt in the step that runs, or ran last
+        self.last_step = 0  # its number
+        self.told = self.started = time.monotonic()
+        self._end_ids = end_ids
+        prompt = prompt_of(admit)
+        self._prompt, self._limit = len(prompt), limit_of(admit, context)
+        self._tokens = torch.empty(self._prompt + self._limit, dtype=torch.int64)
+        self._tokens[: self._prompt] = prompt
+        self._sampler = Sampler(admit.sampling)
+        self._total, self._decode = Tally(), Tally()
+        self._others_ns = self._others_before_ns = 0
+        self._first_token = self._last_token = 0.0
 
-    def tokens(self) -> Iterator[Choice]:
-        """The tokens, each as soon as it is chosen; the end token, if it comes, is the last."""
-        prompt = prompt_of(self.admit)
-        limit = min(self.admit.sampling.max_new_tokens, self.context - len(prompt))
-        sequence = torch.empty(len(prompt) + limit, dtype=torch.int64)
-        sequence[: len(prompt)] = prompt
-        sampler = Sampler(self.admit.sampling)
-        logits = self._prefill(prompt)
-        forced = self.admit.sampling.forced
-        for count in range(1, limit + 1):
-            end = len(prompt) + count - 1
-            given = forced[count - 1] if count <= len(forced) else None
-            began_ns = time.monotonic_ns()
-            token, logprob = sampler.choose(sequence[:end], logits, given)
-            self._add_compute(count, time.monotonic_ns() - began_ns)
-            sequence[end] = token
-            self._mark(count)
-            yield Choice(token, logprob, logits)
-            if token in self.end_ids and not self.admit.sampling.ignore_eos:
-                self.reason = "stop"
-                return
-            if count < limit:
-                logits = self._decode(sequence[end : end + 1], end)
+    @property
+    def request(self) -> int:
+        return self.admit.request
 
-    def _add_compute(self, count: int, ns: int) -> None:
-        self.total.compute_ns += ns
-        self.decode.compute_ns += ns if count > 1 else 0
+    @property
+    def prefilling(self) -> bool:
+        """Whether more of its prompt has to go through the model before there is a token."""
+        return self.sequence.count < self._prompt
 
-    def _mark(self, count: int) -> None:
-        self.new_tokens, self.last_token = count, time.monotonic()
-        if count == 1:
-            self.first_token = self.last_token
+    def next(self, most: int) -> tuple[torch.Tensor, int]:
+        """What goes through the model next: token ids int64 [tokens], at most `most` of the prompt,
+        and the position of the first."""
+        first = self.sequence.count
+        end = min(first + most, self._prompt) if self.prefilling else first + 1
+        self.block = end - first
+        return self._tokens[first:end], first
 
-    def _prefill(self, prompt: torch.Tensor) -> torch.Tensor:
-        logits = torch.empty(0)
-        for start in range(self.reused, len(prompt), self.block):
-            self.prefilled = start
-            logits, waits = self.step(prompt[start : start + self.block], start)
-            self.total.add(waits)
-        return logits
+    def went(self, tokens: torch.Tensor, position: int, waits: Many[LayerWaits]) -> None:
+        """They went through it; `waits` are this request's."""
+        self.sequence.hold(tokens, position)
+        self._total.add(waits)
+        if self.new_tokens:
+            self._decode.add(waits)
+
+    def choose(self, logits: torch.Tensor) -> Choice:
+        """The next token, by the logits after the last one, float32 [vocabulary]. The end token, if
+        it comes, is the answer's last. Raises StepFailedError."""
+        end, forced = self._prompt + self.new_tokens, self.admit.sampling.forced
+        given = forced[self.new_tokens] if self.new_tokens < len(forced) else None
+        token, logprob = self._sampler.choose(self._tokens[:end], logits, given)
+        self._tokens[end] = token
+        self.new_tokens, self._last_token = self.new_tokens + 1, time.monotonic()
+        if self.new_tokens == 1:
+            self._first_token = self._last_token
+        if token in self._end_ids and not self.admit.sampling.ignore_eos:
+            self.reason = "stop"
+        elif self.new_tokens == self._limit:
+            self.reason = "length"
+        return Choice(token, logprob, logits)
+
+    def spent(self, sampling_ns: int, others_ns: int) -> None:
+        """What choosing the last token took, and what passed for others since the request began."""
+        self._total.compute_ns += sampling_ns
+        self._others_ns = others_ns
+        if self.new_tokens > 1:
+            self._decode.compute_ns += sampling_ns
+        else:
+            self._others_before_ns = others_ns
 
     def progress(self, layers_done: int, layers: int, now: float) -> Prefilling:
         """How far the prompt is, so many layers into a block."""
-        tokens = len(self.admit.prompt) // 4
-        block = min(self.block, tokens - self.prefilled)
-        done = (self.prefilled - self.reused) * layers + block * layers_done
-        left = (tokens - self.reused) * layers - done
+        prefilled = self.sequence.count
+        done = (prefilled - self.reused) * layers + self.block * layers_done
+        left = (self._prompt - self.reused) * layers - done
         eta_s = (now - self.started) * left / done
         return Prefilling(
-            self.admit.request, self.prefilled, tokens, block, layers_done, layers, eta_s
+            self.request, prefilled, self._prompt, self.block, layers_done, layers, eta_s
         )
-
-    def _decode(self, token: torch.Tensor, position: int) -> torch.Tensor:
-        logits, waits = self.step(token, position)
-        self.total.add(waits)
-        self.decode.add(waits)
-        return logits
 
     def stats(self) -> Stats:
         """The request's figures so far; the gateway knows the waiting before compute had it."""
-        first = self.first_token or time.monotonic()
+        first, total, decode = self._first_token or time.monotonic(), self._total, self._decode
         return Stats(
-            prompt_tokens=len(self.admit.prompt) // 4,
+            prompt_tokens=self._prompt,
             reused_tokens=self.reused,
             new_tokens=self.new_tokens,
             queue_s=0.0,
             time_to_first_token_s=first - self.started,
-            decode_s=max(self.last_token - first, 0.0),
-            bytes_read=self.total.bytes_read,
-            reads=self.total.reads,
-            hits=self.total.hits,
-            misses=self.total.misses,
-            stall_s=self.total.stall_ns / 1e9,
-            decode_bytes_read=self.decode.bytes_read,
-            decode_hits=self.decode.hits,
-            decode_misses=self.decode.misses,
-            decode_fired=self.decode.fired,
-            decode_late_fired=self.decode.late_fired,
-            decode_prefetched=self.decode.prefetched,
-            decode_wasted_bytes=self.decode.wasted_bytes,
-            decode_read_s=self.decode.read_ns / 1e9,
-            decode_stall_s=self.decode.stall_ns / 1e9,
-            decode_flash_stall_s=self.decode.flash_ns / 1e9,
-            decode_predictor_stall_s=self.decode.predictor_ns / 1e9,
-            decode_queue_stall_s=self.decode.queue_ns / 1e9,
-            compute_s=self.total.compute_ns / 1e9,
-            decode_compute_s=self.decode.compute_ns / 1e9,
+            decode_s=max(self._last_token - first, 0.0),
+            bytes_read=total.bytes_read,
+            reads=total.reads,
+            hits=total.hits,
+            misses=total.misses,
+            stall_s=total.stall_ns / 1e9,
+            decode_bytes_read=decode.bytes_read,
+            decode_hits=decode.hits,
+            decode_misses=decode.misses,
+            decode_fired=decode.fired,
+            decode_late_fired=decode.late_fired,
+            decode_prefetched=decode.prefetched,
+            decode_wasted_bytes=decode.wasted_bytes,
+            decode_read_s=decode.read_ns / 1e9,
+            decode_stall_s=decode.stall_ns / 1e9,
+            decode_flash_stall_s=decode.flash_ns / 1e9,
+            decode_predictor_stall_s=decode.predictor_ns / 1e9,
+            decode_queue_stall_s=decode.queue_ns / 1e9,
+            decode_others_s=(self._others_ns - self._others_before_ns) / 1e9,
+            compute_s=total.compute_ns / 1e9,
+            decode_compute_s=decode.compute_ns / 1e9,
         )

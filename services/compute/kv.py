@@ -1,32 +1,56 @@
-"""The KV cache of one sequence: allocated once, filled from the front, never copied. It stays after
-a request, so that the next one computes only what it does not begin with.
+"""The KV cache: keys and values of the sequences that run, and of some that are over, so that a
+request computes only what none of them begins with.
 
 transformers' DynamicCache copies everything for each token, and its StaticCache attends over its
-whole length; this one returns views of the part that is filled.
+whole length; a layer here is filled from the front, never copied, and returns views of the part
+that is filled. It has addresses for the longest sequence, and memory for what was written: pages
+that come with their first use and go at once when they are given back. So there is room for so
+many tokens, whoever's they are.
 """
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from common.limits import KEPT_MAX
+from common.plan import kv_room
+from services.compute.attention import Held
+from services.compute.products import Bits, bits_of
+
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+
 
 class KVLayer(CacheLayerMixin):
-    """Keys and values of one layer, [1, kv heads, context, width] each, from their first use."""
+    """Keys and values of one layer of one sequence, [1, kv heads, context, width] each."""
 
     def __init__(self, context: int):
         super().__init__()
-        self.context = context
+        self.context = kv_room(context)
         self.filled = 0  # tokens
+        self._touched = 0  # tokens that may have memory
+        self._regions: list[mmap.mmap] = []
+        self._numbers: tuple[Bits, Bits]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        def room(like: torch.Tensor) -> torch.Tensor:
-            return like.new_empty(1, like.shape[1], self.context, like.shape[3])
-
-        self.keys, self.values = room(key_states), room(value_states)
+        self.keys, self.values = self._pages(key_states), self._pages(value_states)
+        self._numbers = bits_of(self.keys), bits_of(self.values)
         self.is_initialized = True
+
+    def _pages(self, like: torch.Tensor) -> torch.Tensor:
+        shape = 1, like.shape[1], self.context, like.shape[3]
+        size = like.element_size() * like.shape[1] * self.context * like.shape[3]
+        region = mmap.mmap(-1, size, flags=_PRIVATE)
+        with contextlib.suppress(AttributeError, OSError):  # where there are no huge ones
+            region.madvise(mmap.MADV_NOHUGEPAGE)  # a few tokens would fill one
+        self._regions.append(region)
+        return torch.frombuffer(region, dtype=like.dtype).view(shape)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -39,8 +63,24 @@ class KVLayer(CacheLayerMixin):
         end = self.filled + key_states.shape[2]
         self.keys[:, :, self.filled : end] = key_states
         self.values[:, :, self.filled : end] = value_states
-        self.filled = end
+        self.filled, self._touched = end, max(self._touched, end)
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def append(self, key: Bits, value: Bits) -> Held:
+        """Appends the states of one token, numbers [kv heads, width]; returns all that are filled.
+        Not the first: the prompt came before it."""
+        for numbers, new in zip(self._numbers, (key, value), strict=True):
+            numbers.reshape(len(new), self.context, -1)[:, self.filled] = new
+        self.filled += 1
+        self._touched = max(self._touched, self.filled)
+        return Held(*self._numbers, self.context, self.filled)
+
+    def copy(self, other: KVLayer, tokens: int) -> None:
+        """An empty one gets what `other` holds of its first `tokens`."""
+        if tokens:
+            assert other.keys is not None
+            assert other.values is not None
+            self.update(other.keys[:, :, :tokens], other.values[:, :, :tokens])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.filled + query_length, 0
@@ -52,38 +92,164 @@ class KVLayer(CacheLayerMixin):
         return self.context
 
     def reset(self) -> None:
-        self.filled = 0
+        self.crop(0)
 
     def crop(self, max_length: int) -> None:
+        """Keeps so many tokens, and gives back the memory of the others."""
         self.filled = min(self.filled, max_length)
+        if self._touched > kv_room(self.filled):
+            self._touched = kv_room(self.filled)
+            for region in self._regions:
+                self._give_back(region)
+
+    def _give_back(self, region: mmap.mmap) -> None:
+        assert self.keys is not None
+        head = len(region) // self.keys.shape[1]
+        for start in range(0, len(region), head):
+            begin = start + head // self.context * self._touched
+            begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages, of this head alone
+            end = (start + head) // mmap.PAGESIZE * mmap.PAGESIZE
+            if begin < end:
+                region.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
-def make_kv_cache(layers: int, context: int) -> Cache:
-    """An empty KV cache for sequences of up to `context` tokens; `reset()` empties it again."""
-    return Cache(layers=[KVLayer(context) for _ in range(layers)])
+class SharedLayer(CacheLayerMixin):
+    """One layer of several sequences in a step that they share: a token of each."""
+
+    def __init__(self, layers: Many[KVLayer]):
+        super().__init__()
+        self._layers = layers
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
+
+    def update(  # type: ignore[override]  # what it returns goes to our attention alone
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Held, ...], tuple[Held, ...]]:
+        """Appends row i of states [sequences, kv heads, 1, width] to sequence i; returns what each
+        holds, twice: keys and values are together."""
+        rows = key_states.shape[0], key_states.shape[1], key_states.shape[3]
+        keys, values = (bits_of(s.contiguous()).reshape(rows) for s in (key_states, value_states))
+        each = zip(self._layers, keys, values, strict=True)
+        held = tuple(layer.append(key, value) for layer, key, value in each)
+        return held, held
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return max(layer.filled for layer in self._layers)
+
+    def get_max_length(self) -> int:
+        return min(layer.context for layer in self._layers)
 
 
-class Kept:
+@dataclass(eq=False)
+class Sequence:
     """A KV cache, and which tokens' keys and values it holds."""
 
-    def __init__(self, layers: int, context: int):
-        self.cache = make_kv_cache(layers, context)
-        self._tokens = torch.empty(context, dtype=torch.int64)
-        self._count = 0
+    layers: list[KVLayer]
+    tokens: torch.Tensor  # int64 [room]; filled up to `count`
+    count: int = 0
 
-    def begin(self, prompt: torch.Tensor) -> int:
-        """Keeps what `prompt`, int64 [tokens], begins with, and no more: how many tokens. The last
-        of them is never kept: the logits after it are wanted.
+    @property
+    def cache(self) -> Cache:
+        """As transformers takes it."""
+        return Cache(layers=list(self.layers))
 
-        What a step that was given up left behind goes: only whole steps were held.
-        """
-        most = max(min(self._count, len(prompt) - 1), 0)
-        differ = (self._tokens[:most] != prompt[:most]).nonzero()
-        self._count = int(differ[0]) if len(differ) else most
-        self.cache.crop(self._count)
-        return self._count
+    @property
+    def room(self) -> int:
+        """Of the pool's, tokens."""
+        return len(self.tokens)
+
+    def common(self, prompt: torch.Tensor) -> int:
+        """How many tokens it holds of those that `prompt` int64 [tokens] begins with. Its last is
+        never among them: the logits after it are wanted."""
+        most = max(min(self.count, len(prompt) - 1), 0)
+        differ = (self.tokens[:most] != prompt[:most]).nonzero()
+        return int(differ[0]) if len(differ) else most
 
     def hold(self, tokens: torch.Tensor, position: int) -> None:
         """A step is over: the states of `tokens`, from `position` on, are in the cache."""
-        self._count = position + len(tokens)
-        self._tokens[position : self._count] = tokens
+        self.count = position + len(tokens)
+        self.tokens[position : self.count] = tokens
+
+    def keep(self, count: int, room: int) -> None:
+        """Keeps the first `count` tokens, and has room for so many. What a step that was given up
+        left behind goes: only whole steps were held."""
+        for layer in self.layers:
+            layer.crop(count)
+        self.count = count
+        tokens = self.tokens.new_empty(room)
+        tokens[:count] = self.tokens[:count]
+        self.tokens = tokens
+
+
+class Sequences:
+    """Room for keys and values of `room` tokens, and who has it: sequences that run, and those that
+    are kept when their request is over, until the room is wanted."""
+
+    def __init__(self, layers: int, context: int, room: int, reuse: bool = True):
+        """`context`: tokens of the longest sequence. Without `reuse` nothing is kept."""
+        self.running: list[Sequence] = []
+        self.kept: list[Sequence] = []  # the longest unused first
+        self._layers, self._context, self._room, self._reuse = layers, context, room, reuse
+
+    def begin(self, prompt: torch.Tensor, tokens: int) -> Sequence | None:
+        """A sequence for a request of so many tokens, prompt and answer. It holds what `prompt`
+        int64 [tokens] has in common with another. None: those that run leave no room.
+
+        A kept sequence is taken over; but where `prompt` shares only its lesser half, and there is
+        room for both, and of one that runs, the beginning is copied.
+        """
+        room = kv_room(tokens)
+        if _rooms(self.running) + room > self._room:
+            return None
+        found, common = self._find(prompt)
+        taken = found in self.kept and (
+            2 * common >= found.count or _rooms(self.running + self.kept) + room > self._room
+        )
+        if taken:
+            self.kept.remove(found)
+        while self.kept and _rooms(self.running + self.kept) + room > self._room:
+            del self.kept[0]
+        if taken:
+            sequence = found
+        else:
+            layers = [KVLayer(self._context) for _ in range(self._layers)]
+            sequence = Sequence(layers, torch.empty(room, dtype=torch.int64))
+            if found is not None:
+                for layer, other in zip(layers, found.layers, strict=True):
+                    layer.copy(other, common)
+                sequence.hold(prompt[:common], 0)
+        sequence.keep(common, room)
+        self.running.append(sequence)
+        return sequence
+
+    def _find(self, prompt: torch.Tensor) -> tuple[Any, int]:
+        """The sequence that has most of `prompt`, and how many tokens."""
+        if not self._reuse:
+            return None, 0
+        found = [(sequence.common(prompt), sequence) for sequence in (*self.kept, *self.running)]
+        common, best = max(found, key=lambda pair: pair[0], default=(0, None))
+        return (best, common) if common else (None, 0)
+
+    def end(self, sequence: Sequence) -> None:
+        """The request is over: what the sequence holds is kept, until the room is wanted."""
+        self.running.remove(sequence)
+        if self._reuse and sequence.count:
+            sequence.keep(sequence.count, kv_room(sequence.count))
+            self.kept.append(sequence)
+            del self.kept[:-KEPT_MAX]
+
+
+def _rooms(sequences: Many[Sequence]) -> int:
+    return sum(sequence.room for sequence in sequences)
+
+
+def shared(sequences: Many[Sequence]) -> Cache:
+    """The KV cache of a step: of one sequence its own, of several a token of each."""
+    if len(sequences) == 1:
+        return sequences[0].cache
+    each = zip(*(sequence.layers for sequence in sequences), strict=True)
+    return Cache(layers=[SharedLayer(layers) for layers in each])

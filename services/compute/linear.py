@@ -47,7 +47,12 @@ class RowLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., outputs] of `x` [..., inputs]."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        out = self._row(rows[0]) if len(rows) == 1 else self._block(rows)
+        if len(rows) == 1:
+            out = self._row(rows[0])
+        elif x.shape[-2] == 1:  # a token of each of a few sequences
+            out = self._few(rows)
+        else:
+            out = self._block(rows)
         if self.bias is not None:
             out += self.bias
         return out.to(x.dtype).view(*x.shape[:-1], -1)
@@ -58,8 +63,13 @@ class RowLinear(nn.Module):
 
     def _row(self, row: torch.Tensor) -> torch.Tensor:
         if self._eight is not None:
-            return by_torch(row, *self._eight)
+            return by_torch(row[None], *self._eight)[0]
         return self._products.dot(self.rows.items, self.rows.starts, row)
+
+    def _few(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._eight is not None:
+            return by_torch(rows, *self._eight)
+        return self._products.dot_many(self.rows.items, self.rows.starts, rows)
 
     def _block(self, rows: torch.Tensor) -> torch.Tensor:
         matrix, tokens = self.rows, rows.T.contiguous()
@@ -95,10 +105,10 @@ def int8_of(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     return matrix, torch.from_numpy(scales_of(rows.items, rows.starts))
 
 
-def by_torch(row: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """torch's product of an int8 matrix and `row` float32. In bfloat16 it may run faster, and
-    would lose more than int8 does."""
-    return torch._weight_int8pack_mm(row[None], matrix, scales)[0]
+def by_torch(x: torch.Tensor, matrix: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """torch's product of an int8 matrix and each of a few vectors, `x` float32 [vectors, width]. In
+    bfloat16 it may run faster, and would lose more than int8 does."""
+    return torch._weight_int8pack_mm(x, matrix, scales)
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ def probe_int8(linear: RowLinear) -> Int8Probe:
     """Times both on a module's own int8 rows, by turns; medians."""
     row = torch.ones(len(linear.rows.items) // len(linear.rows.starts))
     matrix, scales = int8_of(linear.rows)
-    ways = (lambda: linear(row), lambda: by_torch(row, matrix, scales))
+    ways = (lambda: linear(row), lambda: by_torch(row[None], matrix, scales))
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(PROBE_TURNS):
         for way, taken in zip(ways, times, strict=True):

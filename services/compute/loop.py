@@ -1,7 +1,12 @@
-"""Compute's loop: takes an admitted request, generates, says Done; one request at a time.
+"""Compute's loop: takes admitted requests, runs them together, says Done of each.
 
-Owns resident weights and the KV cache. Listens for Abort between the parts of a layer, so that a
-cancelled request ends within a layer.
+A turn: a block of one prompt, if there are prompts to compute, of one after another; then a step
+that all requests share that are past their prompts, a token of each. So who comes waits for its own
+prompt and no answer, and who is answered waits at most a block between two tokens.
+
+Owns resident weights and the KV cache. Listens for Abort between the parts of a prompt's layer, so
+that a cancelled prompt ends within a layer; a shared step ends for one at its end, and is given up
+when all of its requests are cancelled.
 """
 
 from __future__ import annotations
@@ -9,22 +14,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections import deque
+from collections.abc import Sequence as Many
 
 import torch
 
 from common.kernels import compile_for
 from common.lifecycle import Service
-from common.limits import POLL_S, PREFILLING_EVERY_S, QUEUE_MAX
+from common.limits import POLL_S, PREFILL_ROWS_SHARED_MAX, PREFILLING_EVERY_S, RUNNING_MAX
 from common.messages import Abort, Admit, Done, Token
 from common.packed import compile_packed
 from common.plan import make_plan
-from common.spans import NO_LAYER
+from common.spans import NO_LAYER, NO_STEP
 from common.store.store import Store, read_end_ids
 from common.system import cores
+from inflash._messages import NO_STATS
 from services.compute.failures import StepAbortedError, StepFailedError
-from services.compute.generation import Generation, prompt_of
-from services.compute.kv import Kept
+from services.compute.generation import Choice, Generation, limit_of, prompt_of
+from services.compute.kv import Sequences, shared
 from services.compute.linear import choose_int8
 from services.compute.model import load_model
 from services.compute.pipeline import Pipeline
@@ -58,129 +64,195 @@ class ComputeLoop:
         if probe := choose_int8(self._model):
             service.log.info("int8 products", way=probe.way, **dataclasses.asdict(probe))
         self._vocabulary = int(self._model.config.vocab_size)
-        self._kv = Kept(store.geometry.layers, self._context)
+        reuse = service.settings.reuse == "on"
+        self._sequences = Sequences(store.geometry.layers, self._context, plan.kv_tokens, reuse)
         self._end_ids = read_end_ids(store.config_dir)
-        self._told = 0.0  # when the gateway last heard how far a prompt is
-        self._waiting: deque[Admit] = deque()
-        self._aborted: set[int] = set()
+        self._arrived: dict[int, Admit] = {}  # by request, in order; not yet begun
+        self._running: dict[int, Generation] = {}  # by request, in order of their begin
         # Not from 1: a reader that outlived a server must not take our steps for its own.
-        self._step = 0
         self._steps = itertools.count(time.time_ns())
 
     def run(self) -> None:
         self._pipeline.attach()
         self._service.ready(self._store.id)
         while self._service.running():
-            if not self._waiting:
+            if not self._running and not self._arrived:
                 self._control.socket.poll(int(POLL_S * 1000))
             self._take_control()
-            if self._waiting:
-                self._generate(self._waiting.popleft())
+            for generation in list(self._running.values()):
+                if generation.aborted:
+                    self._end(generation, "cancelled")
+            for number in list(self._arrived):
+                self._begin(self._arrived.pop(number))
+            self._turn()
 
     def _take_control(self) -> None:
-        """Takes what the gateway has said; keeps in mind what is aborted before its turn."""
+        """Takes what the gateway has said. May be called within a step: begins and ends nothing."""
         for message in self._control.receive():
+            number = message.request
             if isinstance(message, Abort):
-                self._aborted.add(message.request)
-            elif self._is_sound(message) and len(self._waiting) < QUEUE_MAX:
-                self._waiting.append(message)
+                if number in self._running:
+                    self._running[number].aborted = True
+                elif admit := self._arrived.pop(number, None):
+                    self._finish(admit, "cancelled")
+            elif self._is_sound(message):
+                self._arrived[number] = message
             else:  # not from our gateway; but if it is, it has an end to hear of
                 self._service.count("bad_messages")
-                generation = self._generation(message)
-                self._finish(message.request, generation, "failed", "compute", "not admitted")
+                if number not in self._running and number not in self._arrived:
+                    self._finish(message, "failed", "compute", "not admitted")
 
     def _is_sound(self, admit: Admit) -> bool:
         tokens = len(admit.prompt) // 4
         if len(admit.prompt) % 4 or not 0 < tokens < self._context:
             return False
+        if admit.request in self._running or admit.request in self._arrived:
+            return False
+        if len(self._running) + len(self._arrived) >= 2 * RUNNING_MAX:
+            return False
         ids = torch.frombuffer(bytearray(admit.prompt), dtype=torch.int32)
         forced = max(admit.sampling.forced, default=0)
         return int(ids.min()) >= 0 and max(int(ids.max()), forced) < self._vocabulary
 
-    def _generate(self, admit: Admit) -> None:
-        laps = self._pipeline.laps
+    def _begin(self, admit: Admit) -> None:
+        """A request gets its place in the KV cache."""
+        laps, prompt = self._pipeline.laps, prompt_of(admit)
         laps.begin(admit.request, admit.trace)
-        self._told = time.monotonic()
-        prompt = prompt_of(admit)
-        reused = self._kv.begin(prompt if self._service.settings.reuse == "on" else prompt[:0])
-        generation = self._generation(admit, reused)
+        laps.turn([admit.request], NO_STEP)
+        sequence = None
+        if len(self._running) < RUNNING_MAX:
+            tokens = len(prompt) + limit_of(admit, self._context)
+            sequence = self._sequences.begin(prompt, tokens)
+        if sequence is None:  # the gateway counts as we do: this one is not from ours
+            laps.end(admit.request)
+            self._service.count("bad_messages")
+            self._finish(admit, "failed", "compute", "not admitted: there is no room for it")
+            return
+        generation = Generation(admit, sequence, self._end_ids, self._context)
+        self._running[admit.request] = generation
         self._service.count("reused_tokens", generation.reused)
-        reason, failed_by, error = "", "", ""
-        try:
-            for index, choice in enumerate(generation.tokens()):
-                laps.lap("sample")
-                logits = choice.logits.numpy().tobytes() if admit.logits else b""
-                token = Token(admit.request, self._step, choice.token_id, choice.logprob, logits)
-                self._answers.send(token)
-                self._service.count("tokens")
-                aborted = self._is_aborted(admit.request)
-                laps.lap("send")
-                laps.token(index)
-                if aborted:
-                    raise StepAbortedError
-            reason = generation.reason
-        except StepAbortedError:
-            self._pipeline.drop()
-            reason = "cancelled"
-        except StepFailedError as failure:
-            self._pipeline.drop()
-            reason, failed_by, error = "failed", failure.service, str(failure)
-            self._service.log.warning("request failed", request=admit.request, reason=error)
-        self._aborted.discard(admit.request)
-        if not self._waiting:  # what is left were aborts of requests that are over
-            self._aborted.clear()
-        self._finish(admit.request, generation, reason, failed_by, error)
+        laps.lap("admit", NO_LAYER, generation.reused)
 
-    def _generation(self, admit: Admit, reused: int = 0) -> Generation:
-        def step(tokens: torch.Tensor, position: int) -> tuple[torch.Tensor, list[LayerWaits]]:
-            return self._run_step(generation, tokens, position)
-
-        generation = Generation(admit, step, self._end_ids, self._context, self._block, reused)
-        return generation
+    def _end(
+        self, generation: Generation, reason: str, failed_by: str = "", error: str = ""
+    ) -> None:
+        del self._running[generation.request]
+        self._pipeline.laps.end(generation.request)
+        self._sequences.end(generation.sequence)
+        if error:
+            number = generation.request
+            self._service.log.warning("request failed", request=number, reason=error)
+        self._finish(generation.admit, reason, failed_by, error, generation)
 
     def _finish(
-        self, request: int, generation: Generation, reason: str, failed_by: str, error: str
+        self,
+        admit: Admit,
+        reason: str,
+        failed_by: str = "",
+        error: str = "",
+        generation: Generation | None = None,
     ) -> None:
-        self._answers.send(Done(request, reason, failed_by, error, generation.stats()))
+        stats = generation.stats() if generation else NO_STATS
+        self._answers.send(Done(admit.request, reason, failed_by, error, stats))
 
-    def _is_aborted(self, request: int) -> bool:
+    def _turn(self) -> None:
+        """A block of one prompt, then a token of every answer."""
+        running = self._running.values()
+        if prompts := [generation for generation in running if generation.prefilling]:
+            most = self._block
+            if len(prompts) < len(running):
+                most = min(most, PREFILL_ROWS_SHARED_MAX)
+            self._run([min(prompts, key=lambda generation: generation.last_step)], most)
+        if answers := [generation for generation in running if not generation.prefilling]:
+            self._run(answers, 1)
+
+    def _run(self, generations: Many[Generation], most: int) -> None:
+        """A step of these requests: a token of each, or at most `most` of one's prompt."""
+        try:
+            logits = self._run_model(generations, most)
+        except StepAbortedError:
+            self._pipeline.drop()
+            for generation in generations:
+                self._end(generation, "cancelled")
+            return
+        except StepFailedError as failure:
+            self._pipeline.drop()
+            for generation in generations:
+                self._end(generation, "failed", failure.service, str(failure))
+            return
+        if not generations[0].prefilling:
+            self._choose(generations, logits)
+
+    def _choose(self, generations: Many[Generation], logits: torch.Tensor) -> None:
+        """The next token of each, by `logits` float32 [requests, vocabulary]."""
+        laps, chosen = self._pipeline.laps, list[tuple[Generation, Choice]]()
+        for generation, row in zip(generations, logits, strict=True):
+            try:
+                chosen.append((generation, generation.choose(row)))
+            except StepFailedError as failure:
+                self._end(generation, "failed", failure.service, str(failure))
+        sampling_ns = laps.lap("sample")
+        for generation, choice in chosen:
+            self._send(generation, choice)
+            generation.spent(sampling_ns, laps.others_ns(generation.request))
         self._take_control()
-        return request in self._aborted or not self._service.running()
+        laps.lap("send")
+        for generation, _ in chosen:
+            laps.token(generation.request, generation.new_tokens - 1)
+            if generation.aborted or generation.reason:
+                self._end(generation, "cancelled" if generation.aborted else generation.reason)
 
-    def _run_step(
-        self, generation: Generation, tokens: torch.Tensor, position: int
-    ) -> tuple[torch.Tensor, list[LayerWaits]]:
-        """One forward pass: see generation.Step."""
-        request = generation.admit.request
-        self._step = next(self._steps)
-        laps = self._pipeline.laps
-        laps.step, began_ns = self._step, laps.at_ns
-        self._pipeline.begin(
-            request,
-            self._step,
-            lambda: self._is_aborted(request),
-            lambda layer: self._layer_over(generation, layer),
+    def _send(self, generation: Generation, choice: Choice) -> None:
+        logits = choice.logits.numpy().tobytes() if generation.admit.logits else b""
+        number, step = generation.request, generation.last_step
+        self._answers.send(Token(number, step, choice.token_id, choice.logprob, logits))
+        self._service.count("tokens")
+
+    def _run_model(self, generations: Many[Generation], most: int) -> torch.Tensor:
+        """One forward pass: the logits after each request's last token, float32 [requests,
+        vocabulary]. Raises StepFailedError and StepAbortedError."""
+        step, laps, pipeline = next(self._steps), self._pipeline.laps, self._pipeline
+        numbers = tuple(generation.request for generation in generations)
+        laps.turn(numbers, step)
+        began_ns = laps.at_ns
+        pipeline.begin(
+            numbers,
+            step,
+            lambda: self._are_aborted(generations),
+            lambda layer: self._layer_over(generations, layer),
         )
+        parts = [generation.next(most) for generation in generations]
+        rows = len(parts) * len(parts[0][0])
         output = self._model(
-            input_ids=tokens[None],
-            position_ids=torch.arange(position, position + len(tokens))[None],
-            past_key_values=self._kv.cache,
+            input_ids=torch.stack([tokens for tokens, _ in parts]),
+            position_ids=torch.stack([torch.arange(p, p + len(tokens)) for tokens, p in parts]),
+            past_key_values=shared([generation.sequence for generation in generations]),
             use_cache=True,
             logits_to_keep=1,
         )
-        self._kv.hold(tokens, position)
         product_ns = laps.product_time.take()
         laps.lap("head", NO_LAYER, product_ns)
-        laps.since("step", began_ns, NO_LAYER, len(tokens))
-        self._pipeline.waits[-1].compute_ns += product_ns
-        self._count(self._pipeline.waits)
-        return output.logits[0, -1].float(), self._pipeline.waits
+        laps.since("step", began_ns, NO_LAYER, rows)
+        pipeline.waits[-1].compute_ns += product_ns
+        self._count(pipeline.waits)
+        for row, (generation, (tokens, position)) in enumerate(
+            zip(generations, parts, strict=True)
+        ):
+            waits = [layer.share(row, len(generations)) for layer in pipeline.waits]
+            generation.went(tokens, position, waits)
+            generation.last_step = step
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
 
-    def _layer_over(self, generation: Generation, layer: int) -> None:
+    def _are_aborted(self, generations: Many[Generation]) -> bool:
+        self._take_control()
+        return all(g.aborted for g in generations) or not self._service.running()
+
+    def _layer_over(self, generations: Many[Generation], layer: int) -> None:
         """Tells now and then how far a prompt is."""
-        now = time.monotonic()
-        if not generation.new_tokens and now - self._told >= PREFILLING_EVERY_S:
-            self._told = now
+        generation, now = generations[0], time.monotonic()
+        if generation.prefilling and now - generation.told >= PREFILLING_EVERY_S:
+            generation.told = now
             layers = self._store.geometry.layers
             self._answers.send(generation.progress(layer + 1, layers, now))
 

@@ -51,7 +51,8 @@ class Pipeline:
         self._predict = service.send_to("predict")
         self._release = service.send_to("release")
         self._resident = service.receive_from("resident")
-        self._request = self._step = 0
+        self._requests: tuple[int, ...] = ()
+        self._step = 0
         self._aborted: Callable[[], bool] = lambda: False
         self._layer_over: Callable[[int], None] = lambda _: None
         self.waits: list[LayerWaits] = []
@@ -83,16 +84,21 @@ class Pipeline:
         self.rows = CacheRows(region, self._geometry, self._products)
         self._release.send(Attached(os.getpid()))
 
+    @property
+    def shared(self) -> bool:
+        """Whether several requests have a row each in the step; else its rows are one's."""
+        return len(self._requests) > 1
+
     def begin(
         self,
-        request: int,
+        requests: tuple[int, ...],
         step: int,
         aborted: Callable[[], bool],
         layer_over: Callable[[int], None],
     ) -> None:
         """Starts a step; `aborted` is asked between parts whether to give it up, and `layer_over`
         is told of each layer that is over."""
-        self._request, self._step = request, step
+        self._requests, self._step = requests, step
         self._aborted, self._layer_over = aborted, layer_over
         self.waits = []
 
@@ -119,10 +125,10 @@ class Pipeline:
                 waits.compute_ns += self.laps.lap("ffn", layer, resident.part, neurons)
             self._release.send(Release(self._step, layer, resident.part))
             self.laps.lap("release", layer, resident.part)
-            if len(x) > 1 and self._aborted():  # a layer of many tokens takes seconds
+            if not self.shared and len(x) > 1 and self._aborted():  # many tokens: it takes seconds
                 raise StepAbortedError
             if resident.left == 0:
-                self.laps.since("layer", waits.asked_ns, layer, *waits.counts())
+                self.laps.layer(layer, waits)
                 self._layer_over(layer)
                 return
 
@@ -140,7 +146,8 @@ class Pipeline:
     def _ask(self, layer: int, x: torch.Tensor) -> None:
         whole = len(x) > PREDICT_ROWS_MAX
         frame = (x[-1:] if whole else x).float().contiguous().numpy().tobytes()
-        self._predict.send(Predict(self._request, self._step, layer, whole, frame, self.laps.trace))
+        trace = self.laps.trace
+        self._predict.send(Predict(self._requests, self._step, layer, whole, frame, trace))
 
     def _next(self, layer: int, waits: LayerWaits) -> Resident:
         since_ns, looked_ns = self.laps.at_ns, time.monotonic_ns()

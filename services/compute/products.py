@@ -18,8 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.kernels import BITS
-from common.packed import add_rows, dot_rows, pack_rows, scales_of, widen_rows
+from common.kernels import BITS, VECTORS
+from common.packed import (
+    add_many,
+    add_rows,
+    dot_many,
+    dot_rows,
+    pack_rows,
+    scales_of,
+    widen_rows,
+)
 from common.store.geometry import GROUP
 
 Bits = npt.NDArray[Any]
@@ -62,6 +70,38 @@ class Products:
             add_rows(items, starts, scale, len(sums), first, sums[first:end])
 
         self._share(len(sums), len(starts) * len(sums) * items.itemsize, add)
+
+    def dot_many(self, items: Bits, starts: Starts, xs: torch.Tensor) -> torch.Tensor:
+        """The product of each row with each of a few vectors, `xs` float32 [vectors, width]:
+        float32 [vectors, rows]. To the bit what `dot` makes of each."""
+        few, width = xs.shape
+        vectors = np.zeros((-(-few // VECTORS) * VECTORS, width), np.float32)
+        vectors[:few] = xs.numpy()
+        out = np.empty((len(vectors), len(starts)), np.float32)
+
+        def multiply(first: int, end: int) -> None:
+            dot_many(items, starts, vectors, first, end, out)
+
+        self._share(len(starts), len(starts) * width * items.itemsize, multiply)
+        return torch.from_numpy(out[:few])
+
+    def add_many(
+        self, items: Bits, starts: Starts, weights: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """For each of a few vectors, out += the rows, each times its weight: `weights` float32
+        [vectors, rows], `out` float32 [vectors, width]. Threads share the width. To the bit what
+        `add` makes of each with the rows whose weight is not 0."""
+        sums, scale = out.numpy(), weights.numpy()
+        if items.dtype == np.int8:
+            scale = scale * scales_of(items, starts)
+        scale, width = np.ascontiguousarray(scale), sums.shape[1]
+
+        def add(first: int, end: int) -> None:
+            some = sums[:, first:end].copy()
+            add_many(items, starts, scale, width, first, some)
+            sums[:, first:end] = some
+
+        self._share(width, len(starts) * width * items.itemsize, add)
 
     def dot_block(self, items: Bits, starts: Starts, x: torch.Tensor) -> torch.Tensor:
         """The product of each row with each token of `x` float32 [width, tokens]: float32

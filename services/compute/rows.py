@@ -35,6 +35,17 @@ class CacheRows:
         """Adds those rows, each times its weight, float32 [count], to `out` float32 [hidden]."""
         self._products.add(self._items, self._starts(part, slots), weights, out)
 
+    def dot_many(self, part: str, slots: torch.Tensor, xs: torch.Tensor) -> torch.Tensor:
+        """The same for a few tokens, `xs` float32 [tokens, hidden]: float32 [tokens, count]."""
+        return self._products.dot_many(self._items, self._starts(part, slots), xs)
+
+    def add_many(
+        self, part: str, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Adds for each of a few tokens those rows, each times its weight, float32 [tokens, count],
+        to `out` float32 [tokens, hidden]."""
+        self._products.add_many(self._items, self._starts(part, slots), weights, out)
+
     def dot_block(self, part: str, slots: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The same for each token of `x` float32 [hidden, tokens]: float32 [count, tokens]."""
         return self._products.dot_block(self._items, self._starts(part, slots), x)

@@ -7,10 +7,15 @@ A part's way has four stretches. What compute waited in a stretch is charged to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.messages import Resident
 from common.spans import COUNTS
+
+_SHARED = (
+    "hits", "misses", "fired", "late_fired", "prefetched", "extra", "reads", "bytes_read",
+    "wasted_bytes",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -21,7 +26,7 @@ class LayerWaits:
     asked_ns: int
     hits: int = 0
     misses: int = 0  # named neurons that were neither cached nor prefetched in time
-    fired: int = 0  # neurons that were needed: of a step of one row, those that fired
+    fired: int = 0  # neurons that were needed: of a decode step, those that fired for any row
     late_fired: int = 0  # of those, the misses: late neurons
     prefetched: int = 0  # hits that this step's look-ahead brought
     extra: int = 0  # neurons that came though the predictor did not name them
@@ -66,6 +71,16 @@ class LayerWaits:
         self.flash_ns += flash
         self.queue_ns += queue
         return predictor, queue, flash
+
+    def share(self, row: int, rows: int) -> LayerWaits:
+        """Of a step that `rows` requests share, what is the share of one: of counts an equal part,
+        and they add up; of times all, for each waited so long."""
+        if rows == 1:
+            return self
+        parts = {name: getattr(self, name) for name in _SHARED}
+        return replace(
+            self, **{n: v * (row + 1) // rows - v * row // rows for n, v in parts.items()}
+        )
 
     def counts(self) -> tuple[int, ...]:
         """The fields of the layer's span."""

@@ -30,9 +30,10 @@ from inflash import _messages as wire
 from inflash._rundir import socket_path
 from inflash._wire import BadMessage
 from services.gateway.clients import Clients
+from services.gateway.decisions import Decision, Noted, ToClient, ToCompute, Traced
 from services.gateway.health import Watch
 from services.gateway.prompts import Prompts
-from services.gateway.requests import Decision, Noted, Requests, ToClient, ToCompute, Traced
+from services.gateway.requests import Requests
 from services.gateway.status import Report
 
 
@@ -72,7 +73,7 @@ class Gateway:
         self._answers = service.receive_from("answers")
         self._control = service.send_to("control")
         self._requests = Requests(
-            prompts, service.counters, time.time_ns(), service.settings.trace == "on"
+            prompts, service.counters, time.time_ns(), report.room, service.settings.trace == "on"
         )
         self._poller = zmq.Poller()
         for socket in (clients.socket, self._health.socket, self._answers.socket):
@@ -130,8 +131,8 @@ class Gateway:
                     self._do(self._requests.done(message, now))
 
     def _trace_delivery(self, number: int, began: float) -> None:
-        request = self._requests.running
-        if request and request.trace and request.number == number:
+        request = self._requests.running.get(number)
+        if request and request.trace:
             fields = (request.new_tokens - 1,)
             self._trace(Traced("deliver", number, began, time.monotonic(), fields))
 

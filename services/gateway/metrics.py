@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from common.errors import SettingError
 from services.gateway.totals import SECONDS, Histogram, Totals
 
-CAUSES = ("compute", "predictor", "queue", "flash", "python")
+CAUSES = ("compute", "predictor", "queue", "flash", "others", "python")
 
 
 class Metrics(Collector):
@@ -56,6 +56,10 @@ class Metrics(Collector):
         for state in ("running", "waiting"):
             under_way.add_metric([state], queue[state])
         yield under_way
+        room = GaugeMetricFamily("inflash_kv_tokens", "Room in the KV cache.", labels=["state"])
+        for state, name in (("all", "room_tokens"), ("taken", "room_taken_tokens")):
+            room.add_metric([state], queue[name])
+        yield room
         reader = report["services"]["reader"]["counters"]
         slots = GaugeMetricFamily("inflash_cache_slots", "Of the cache.", labels=["state"])
         for state, name in (("usable", "slots"), ("resident", "slots_resident")):

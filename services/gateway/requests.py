@@ -3,11 +3,15 @@
     arrival ──► refused
        │
        ▼
-    waiting ──► running ──► over          one runs at a time; first come, first served
-       │           │
+    waiting ──► running ──► over          as many run together as the KV cache has room for, and
+       │           │                      RUNNING_MAX; first come, first served: none overtakes
        │           ▼
        └──────► closing ──► over          a cancel, a stop text: compute is told to end and its
                                           Done brings the figures; CLOSE_S later without them
+
+A request takes room for its prompt and the longest answer that it asks for. The first that waits is
+the next to run, whatever room those behind it would need: so each waits for those before it and for
+no others; and those that run have a token each in every step. That is the fairness.
 
 Owns who asked for what, the queue and its bound, and the rule that every Generate ends in exactly
 one of Finished and Failed. A client that is gone gets nothing, and nothing is computed for it.
@@ -17,52 +21,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import MutableMapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from common import messages
-from common.limits import CLOSE_S, QUEUE_MAX, WAITING_EVERY_S
+from common.limits import CLOSE_S, QUEUE_MAX, RUNNING_MAX, WAITING_EVERY_S
+from common.plan import kv_room
 from inflash import _messages as wire
+from services.gateway.decisions import Decision, Noted, ToClient, ToCompute, Traced
 from services.gateway.prompts import Prompts
 from services.gateway.refusal import Refusal
 from services.gateway.text import AnswerText
 from services.gateway.totals import Totals
-
-_ZEROS: dict[str, Any] = {f.name: 0.0 if f.type == "float" else 0 for f in fields(wire.Stats)}
-_NOTHING = wire.Stats(**_ZEROS)
-
-
-@dataclass(frozen=True, slots=True)
-class ToClient:
-    client: bytes  # the routing id of its connection
-    message: Any
-
-
-@dataclass(frozen=True, slots=True)
-class ToCompute:
-    message: messages.Admit | messages.Abort
-
-
-@dataclass(frozen=True, slots=True)
-class Noted:
-    """An event for the log."""
-
-    event: str
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Traced:
-    """A span for the trace. Times are seconds of the loop's clock."""
-
-    name: str
-    request: int
-    start: float
-    end: float
-    fields: tuple[int, ...]
-
-
-Decision = ToClient | ToCompute | Noted | Traced
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +62,11 @@ class Request:
     def prompt_tokens(self) -> int:
         return len(self.prompt) // 4
 
+    @property
+    def room(self) -> int:
+        """Of the KV cache, tokens: until compute's Done."""
+        return kv_room(self.prompt_tokens + self.sampling.max_new_tokens)
+
 
 class Requests:
     """All requests. Every method takes the time and returns what is to be done, in order."""
@@ -101,16 +76,19 @@ class Requests:
         prompts: Prompts,
         counters: MutableMapping[str, int],
         first_number: int,
+        room: int,
         trace: bool = True,
     ):
-        """`trace`: whether requests that do not say are traced."""
+        """`room`: of the KV cache, tokens; of a plan at least what the longest request takes.
+        `trace`: whether requests that do not say are traced."""
         self._prompts = prompts
         self._counters = counters
         self._first_number = self._next_number = first_number  # large: hit by no stray message
         self._trace = trace
         self.totals = Totals()
         self.waiting: deque[Request] = deque()
-        self.running: Request | None = None
+        self.running: dict[int, Request] = {}  # by number: compute has them, or is to end them
+        self.room = room
         for name in ("requests", "finished", "failed", "refused", "cancelled", "tokens"):
             counters.setdefault(name, 0)
 
@@ -163,11 +141,22 @@ class Requests:
         failed = wire.Failed(client_number, "gateway", reason, True)
         return [ToClient(client, failed), Noted("refused", {"reason": reason})]
 
+    @property
+    def room_taken(self) -> int:
+        """Of the KV cache, by those that run, tokens."""
+        return sum(request.room for request in self.running.values())
+
     def start(self, now: float) -> list[Decision]:
-        """Gives compute the next request if it has none."""
-        if self.running is not None or not self.waiting:
-            return []
-        request = self.running = self.waiting.popleft()
+        """Gives compute the requests that it has room for."""
+        decisions: list[Decision] = []
+        while self.waiting and len(self.running) < RUNNING_MAX:
+            if self.room_taken + self.waiting[0].room > self.room:
+                break
+            decisions += self._start(self.waiting.popleft(), now)
+        return decisions
+
+    def _start(self, request: Request, now: float) -> list[Decision]:
+        self.running[request.number] = request
         request.started = now
         queue_s = round(now - request.arrived, 4)
         return [
@@ -186,8 +175,8 @@ class Requests:
 
     def prefilling(self, message: messages.Prefilling, now: float) -> list[Decision]:
         """Compute is so far with the prompt."""
-        request = self.running
-        if request is None or request.number != message.request:
+        request = self.running.get(message.request)
+        if request is None:
             self._count("bad_messages")  # no Abort: one that it does not know it gets for a token
             return []
         if request.over or request.closing:
@@ -198,8 +187,8 @@ class Requests:
 
     def token(self, message: messages.Token, now: float) -> list[Decision]:
         """Compute made a token."""
-        request = self.running
-        if request is None or request.number != message.request:
+        request = self.running.get(message.request)
+        if request is None:
             self._count("bad_messages")
             return [ToCompute(messages.Abort(message.request))]
         vocabulary = self._prompts.vocabulary
@@ -226,12 +215,11 @@ class Requests:
         return decisions + (self._close(request, "stop", now) if request.text.stopped else [])
 
     def done(self, message: messages.Done, now: float) -> list[Decision]:
-        """Compute's last word on a request: the next one may start."""
-        request = self.running
-        if request is None or request.number != message.request:
+        """Compute's last word on a request: its room is free."""
+        request = self.running.pop(message.request, None)
+        if request is None:
             self._count("bad_messages")  # no Abort: it is over already
             return []
-        self.running = None
         if request.over:
             return []
         if request.closing:
@@ -246,7 +234,7 @@ class Requests:
         request = self._find(client, client_number)
         if request is None or request.closing:
             return []
-        if request is self.running:
+        if request.number in self.running:
             return self._close(request, "cancelled", now)
         self.waiting.remove(request)
         return self._finish(request, "cancelled", self._own_stats(request, now), now)
@@ -258,7 +246,7 @@ class Requests:
             request.over = True
             self._count("vanished")
             decisions.append(Noted("vanished", _names(request)))
-            if request is not self.running:
+            if request.number not in self.running:
                 self.waiting.remove(request)
             elif not request.closing:
                 decisions.append(ToCompute(messages.Abort(request.number)))
@@ -282,20 +270,20 @@ class Requests:
         """Nothing more will be computed: every request under way fails."""
         under_way = self._under_way()
         self.waiting.clear()
-        self.running = None
+        self.running.clear()
         return [d for r in under_way for d in self._fail(r, service, reason, now)]
 
     def _signs_of_life(self, requests: list[Request], now: float) -> list[Decision]:
         under_way = self._under_way()
         for request in requests:
             request.said = now
+        ahead = {r.number: 0 if r.number in self.running else under_way.index(r) for r in requests}
         return [
-            ToClient(r.client, wire.Waiting(r.client_number, under_way.index(r))) for r in requests
+            ToClient(r.client, wire.Waiting(r.client_number, ahead[r.number])) for r in requests
         ]
 
     def _under_way(self) -> list[Request]:
-        running = [self.running] if self.running and not self.running.over else []
-        return [*running, *self.waiting]
+        return [*(r for r in self.running.values() if not r.over), *self.waiting]
 
     def _find(self, client: bytes, client_number: int) -> Request | None:
         for request in self._under_way():
@@ -375,7 +363,7 @@ class Requests:
         started = now if request.started is None else request.started
         first = request.first_token
         return replace(
-            _NOTHING,
+            wire.NO_STATS,
             prompt_tokens=request.prompt_tokens,
             new_tokens=request.new_tokens,
             queue_s=round(started - request.arrived, 6),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Settings
-from common.limits import QUEUE_MAX
+from common.limits import QUEUE_MAX, RUNNING_MAX
 from common.plan import Plan
 from common.store.store import Store
 from common.system import core_cache_bytes, cores
@@ -22,6 +22,8 @@ class Report:
 
     def __init__(self, settings: Settings, store: Store, plan: Plan, prompts: Prompts):
         shape = store.geometry
+        self.room = plan.kv_tokens
+        """Of the KV cache, tokens."""
         self._fixed = {
             "store": {
                 "path": str(settings.store),
@@ -50,9 +52,12 @@ class Report:
     def make(self, watch: Watch, requests: Requests, counters: Mapping[str, int]) -> dict[str, Any]:
         """The report of this moment."""
         queue = {
-            "running": int(requests.running is not None),
+            "running": len(requests.running),
             "waiting": len(requests.waiting),
             "max": QUEUE_MAX,
+            "running_max": RUNNING_MAX,
+            "room_tokens": requests.room,
+            "room_taken_tokens": requests.room_taken,
         }
         return {
             "state": watch.state,

@@ -72,6 +72,7 @@ class Totals:
                 "predictor": sums.decode_predictor_stall_s,
                 "queue": sums.decode_queue_stall_s,
                 "flash": sums.decode_flash_stall_s,
+                "others": sums.decode_others_s,
                 "python": sums.decode_python_s,
             },
         }

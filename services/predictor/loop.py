@@ -35,7 +35,6 @@ class PredictorLoop:
         self._inbox = service.receive_from("predict")
         self._outbox = service.send_to("fetch")
         self._whole_layer = np.arange(geometry.neurons, dtype=np.int32)
-        self._request = -1
 
     def run(self) -> None:
         while self._service.running():
@@ -49,9 +48,6 @@ class PredictorLoop:
         if x is None:
             self._service.count("bad_messages")
             return
-        if message.request != self._request:
-            self._predictor.forget()
-            self._request = message.request
         began_ns = ahead_ns = time.monotonic_ns()
         if message.layer != EMBEDDING:
             if slow_s := self._service.settings.slow.predictor_s:
@@ -62,13 +58,14 @@ class PredictorLoop:
             ahead_ns = time.monotonic_ns()
         if self._looks_ahead and message.whole and message.layer + 1 < self._geometry.layers:
             self._send(message, message.layer + 1, True, self._whole_layer)
-        elif self._looks_ahead and len(x) == 1:
+        elif self._looks_ahead and len(x) == len(message.requests):
             # Of a block of tokens only the last has a token before it whose layers are known.
-            ahead = self._predictor.look_ahead(message.layer, x[0])
+            ahead = self._predictor.look_ahead(message.requests, message.layer, x)
             if ahead is not None:
                 self._send(message, message.layer + 1, True, ahead)
                 self._trace("ahead", message, message.layer + 1, ahead_ns, len(ahead))
-        self._predictor.remember(message.layer, x[-1])
+        for request, row in zip(message.requests, x[-len(message.requests) :], strict=True):
+            self._predictor.remember(request, message.layer, row)
         self._service.count("predictions")
         self._service.count("predict_us", (time.monotonic_ns() - began_ns) // 1000)
 
@@ -77,7 +74,7 @@ class PredictorLoop:
         named_ns = time.monotonic_ns()
         self._outbox.send(
             Fetch(
-                message.request,
+                message.requests[0],
                 message.step,
                 layer,
                 prefetch,
@@ -90,13 +87,14 @@ class PredictorLoop:
     def _trace(self, name: str, of: Predict, layer: int, began_ns: int, *fields: int) -> None:
         if of.trace:
             now_ns = time.monotonic_ns()
-            self._service.spans.add(name, of.request, of.step, layer, began_ns, now_ns, *fields)
+            at = of.requests[0], of.step, layer
+            self._service.spans.add(name, *at, began_ns, now_ns, *fields)
 
 
 def input_of(message: Predict, geometry: Geometry) -> Floats | None:
     """The FFN input [rows, hidden] of a message, or None if it does not fit the model."""
     rows, rest = divmod(len(message.x), geometry.hidden * 4)
-    if rest or not 1 <= rows <= PREDICT_ROWS_MAX:
+    if rest or not 1 <= rows <= PREDICT_ROWS_MAX or len(message.requests) not in (1, rows):
         return None
     if not EMBEDDING <= message.layer < geometry.layers:
         return None

@@ -10,11 +10,13 @@ A predictor that names too many costs reads; one that names too few costs accura
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import numpy as np
 
+from common.limits import PREDICT_REQUESTS_KEPT
 from common.lowrank import Floats, Ids, ahead_features, read_predictors
 from common.store.store import Store
 
@@ -23,18 +25,16 @@ class Predictor(Protocol):
     def name(self, layer: int, x: Floats) -> Ids:
         """Ascending ids of the neurons that may fire for any row of `x` [rows, hidden]."""
 
-    def look_ahead(self, layer: int, x: Floats) -> Ids | None:
+    def look_ahead(self, requests: Sequence[int], layer: int, x: Floats) -> Ids | None:
         """Ids of the neurons of the layer after `layer` that will probably fire, the surest first.
 
-        `x` [hidden] is the input of `layer` (-1: the embedding) for the newest token. None: there
-        is no layer after it, or nothing can be said.
+        `x` [requests, hidden] is the input of `layer` (-1: the embedding) for each request's
+        newest token. None: there is no layer after it, or nothing can be said.
         """
 
-    def remember(self, layer: int, x: Floats) -> None:
-        """`x` [hidden] was the input of `layer`: the next token's look-ahead starts from it."""
-
-    def forget(self) -> None:
-        """The next token follows on none that was seen: another request begins."""
+    def remember(self, request: int, layer: int, x: Floats) -> None:
+        """`x` [hidden] was the input of `layer`: the look-ahead of the request's next token starts
+        from it."""
 
 
 class Everything:
@@ -46,12 +46,10 @@ class Everything:
     def name(self, layer: int, x: Floats) -> Ids:
         return self._ids
 
-    def look_ahead(self, layer: int, x: Floats) -> Ids | None:
+    def look_ahead(self, requests: Sequence[int], layer: int, x: Floats) -> Ids | None:
         return None
 
-    def remember(self, layer: int, x: Floats) -> None: ...
-
-    def forget(self) -> None: ...
+    def remember(self, request: int, layer: int, x: Floats) -> None: ...
 
 
 class Exact:
@@ -86,12 +84,10 @@ class Exact:
         fires = ~(z + slack <= self._threshold).all(axis=0)
         return np.flatnonzero(fires).astype(np.int32)
 
-    def look_ahead(self, layer: int, x: Floats) -> Ids | None:
+    def look_ahead(self, requests: Sequence[int], layer: int, x: Floats) -> Ids | None:
         return None
 
-    def remember(self, layer: int, x: Floats) -> None: ...
-
-    def forget(self) -> None: ...
+    def remember(self, request: int, layer: int, x: Floats) -> None: ...
 
 
 class LowRank:
@@ -100,24 +96,32 @@ class LowRank:
     def __init__(self, store: Store):
         factors = read_predictors(store)
         self._same, self._ahead = factors["same"], factors["ahead"]
-        self._latest: dict[int, Floats] = {}  # by layer: the newest token's input, [1, hidden]
+        # By request, the longest unheard-of first, and layer: the newest token's input [hidden].
+        self._latest: OrderedDict[int, dict[int, Floats]] = OrderedDict()
         # Compiles what it takes, for an input as messages bring it, so that no token waits for it.
         self.name(0, np.frombuffer(bytes(4 * store.geometry.hidden), np.float32)[None])
 
     def name(self, layer: int, x: Floats) -> Ids:
         return self._same[layer].name(x)
 
-    def look_ahead(self, layer: int, x: Floats) -> Ids | None:
-        before, own = self._latest.get(layer), self._latest.get(layer + 1)
-        if before is None or own is None:  # the first token of a request, or the last layer
+    def look_ahead(self, requests: Sequence[int], layer: int, x: Floats) -> Ids | None:
+        known = defaultdict(list)
+        for request, now in zip(requests, x, strict=True):
+            latest = self._latest.get(request, {})
+            before, own = latest.get(layer), latest.get(layer + 1)
+            if before is not None and own is not None:
+                for name, values in (("now", now), ("before", before), ("own", own)):
+                    known[name].append(values)
+        if not known:  # the first token of a request, or the last layer
             return None
-        return self._ahead[layer + 1].rank(ahead_features(x[None], before, own))
+        features = ahead_features(*(np.stack(known[name]) for name in ("now", "before", "own")))
+        return self._ahead[layer + 1].rank(features)
 
-    def remember(self, layer: int, x: Floats) -> None:
-        self._latest[layer] = x[None]
-
-    def forget(self) -> None:
-        self._latest.clear()
+    def remember(self, request: int, layer: int, x: Floats) -> None:
+        self._latest.setdefault(request, {})[layer] = x
+        self._latest.move_to_end(request)
+        if len(self._latest) > PREDICT_REQUESTS_KEPT:
+            self._latest.popitem(last=False)
 
 
 PREDICTORS: dict[str, Callable[[Store], Predictor]] = {

@@ -29,7 +29,7 @@ def serve_command(store: Store, run_dir: Path) -> Iterator[subprocess.Popen[str]
     """`inflash serve` as a user runs it, ready."""
     command = [sys.executable, "-m", "inflash", "serve", str(store.path), "--run-dir", str(run_dir)]
     process = subprocess.Popen(
-        [*command, "--cache", "2%", "--predictor", "all"],
+        [*command, "--cache", "2%", "--predictor", "all", "--sequences", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=CHECKOUT,
     )  # fmt: skip
     try:
@@ -58,10 +58,12 @@ def test_a_lost_service_fails_requests_and_the_server(
     with serve_command(store, run_dir) as process, Client(run_dir) as client:
         pid = pids(client)[service]
         running = client.generate([5, 6, 7], **LONG)
-        waiting = client.generate([8, 9], **LONG)
+        beside = client.generate([6, 7], **LONG)
+        waiting = client.generate([8, 9], **LONG)  # there is no room for three
         next(running)
+        next(beside)
         os.kill(pid, number)
-        for generation in (running, waiting):
+        for generation in (running, beside, waiting):
             with pytest.raises(RequestFailed) as failure:
                 list(generation)
             assert failure.value.service == service

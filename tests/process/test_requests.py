@@ -26,7 +26,8 @@ def test_requests_of_all_kinds(made: Made, run_dir: Path) -> None:
         a_vanished_client_frees_the_machine(client, run_dir)
         what_does_not_fit_is_refused(client)
         asyncio.run(many_at_once(run_dir))
-        assert client.status()["queue"] == {"running": 0, "waiting": 0, "max": 16}
+        queue = client.status()["queue"]
+        assert (queue["running"], queue["waiting"], queue["room_taken_tokens"]) == (0, 0, 0)
 
 
 def text_and_ids_agree(client: Client) -> None:
@@ -115,7 +116,7 @@ async def many_at_once(run_dir: Path) -> None:
 
     async with AsyncClient(run_dir) as client:
         alone = [await one(client, start) for start in (5, 7)]
-        together = await asyncio.gather(*(one(client, 5 + 2 * (n % 2)) for n in range(24)))
+        together = await asyncio.gather(*(one(client, 5 + 2 * (n % 2)) for n in range(40)))
     answered = [(n, ids) for n, ids in enumerate(together) if ids is not None]
-    assert 16 <= len(answered) < 24
+    assert 24 <= len(answered) < 40, "8 run, 16 wait"
     assert all(ids == alone[n % 2] for n, ids in answered)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers.cache_utils import Cache
 
 from services.compute.attention import ATTENTION, attend
-from services.compute.kv import make_kv_cache
+from services.compute.kv import KVLayer
 
 CONTEXT = 64
 
@@ -45,7 +46,7 @@ def test_logits_equal_those_of_eager_attention(make, dtype, tolerance, blocks) -
         expected = model(input_ids=tokens).logits
         model.set_attn_implementation(ATTENTION)
         model = model.to(dtype)
-        kv, parts, start = make_kv_cache(2, CONTEXT), [], 0
+        kv, parts, start = Cache(layers=[KVLayer(CONTEXT) for _ in range(2)]), [], 0
         for size in blocks:
             block = tokens[:, start : start + size]
             positions = torch.arange(start, start + size)[None]
@@ -59,15 +60,15 @@ def test_logits_equal_those_of_eager_attention(make, dtype, tolerance, blocks) -
 
 
 def test_kv_cache_returns_views_and_empties() -> None:
-    kv = make_kv_cache(1, CONTEXT)
+    kv = KVLayer(CONTEXT)
     states = torch.randn(1, 2, 5, 8)
-    keys, _ = kv.update(states, states, 0)
-    again, _ = kv.update(states[:, :, :1], states[:, :, :1], 0)
+    keys, _ = kv.update(states, states)
+    again, _ = kv.update(states[:, :, :1], states[:, :, :1])
     assert keys.data_ptr() == again.data_ptr()
     assert again.shape == (1, 2, 6, 8)
     kv.reset()
     assert kv.get_seq_length() == 0
-    fresh, _ = kv.update(states * 2, states, 0)
+    fresh, _ = kv.update(states * 2, states)
     assert torch.equal(fresh, states * 2)
 
 

@@ -18,6 +18,7 @@ from common.learn.fitted import KINDS, save_part
 from common.learn.layer import Goal, fit_layer
 from common.learn.recording import record
 from common.learn.windows import windows_of
+from common.limits import PREDICT_REQUESTS_KEPT
 from common.lowrank import PICTURE, PREDICTORS, REPORT, Kind, predictor_bytes, read_predictors
 from common.store.store import Store
 from scripts.fit import _ranges, main
@@ -192,11 +193,13 @@ def test_the_service_names_what_the_factors_name(store: Store, text: Path) -> No
     )
     layers = range(-1, store.geometry.layers)
     for layer in layers:
-        assert predictor.look_ahead(layer, before[layer]) is None, "there is no token before"
-        predictor.remember(layer, before[layer])
+        assert predictor.look_ahead([1], layer, before[layer][None]) is None, (
+            "there is no token before"
+        )
+        predictor.remember(1, layer, before[layer])
     for layer in layers:
-        ahead = predictor.look_ahead(layer, now[layer])
-        predictor.remember(layer, now[layer])
+        ahead = predictor.look_ahead([1], layer, now[layer][None])
+        predictor.remember(1, layer, now[layer])
         if layer == layers[-1]:
             assert ahead is None
         else:
@@ -214,8 +217,24 @@ def test_the_service_names_what_the_factors_name(store: Store, text: Path) -> No
             assert set(named) & set(np.flatnonzero(clear)) == set(
                 np.flatnonzero(clear & (score > 0))
             )
-    predictor.forget()
-    assert predictor.look_ahead(0, now[0]) is None
+    assert predictor.look_ahead([2], 0, now[:1]) is None, "another request"
+
+
+def test_requests_are_looked_ahead_together(store: Store, text: Path) -> None:
+    assert fit(store, text, "--passes", "0").exit_code == 0
+    predictor = LowRank(store)
+    x = np.random.default_rng(2).normal(size=(3, 3, store.geometry.hidden)).astype(np.float32)
+    for request, rows in enumerate(x):
+        for layer in (0, 1):
+            predictor.remember(request, layer, rows[layer])
+    alone = [predictor.look_ahead([n], 0, rows[2:]) for n, rows in enumerate(x)]
+    together = predictor.look_ahead([0, 1, 2, 7], 0, np.concatenate([x[:, 2], x[0, :1]]))
+    assert together is not None
+    assert set(together) == {int(n) for ids in alone if ids is not None for n in ids}
+    assert together[0] in {int(ids[0]) for ids in alone if ids is not None and len(ids)}
+    for request in range(100, 100 + PREDICT_REQUESTS_KEPT):
+        predictor.remember(request, 0, x[0, 0])
+    assert predictor.look_ahead([0], 0, x[0, 2:]) is None, "long ago"
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,8 @@ def test_a_full_queue_refuses_and_the_rest_is_answered(served: Served) -> None:
         with pytest.raises(inflash.RequestRefused, match="the queue is full"):
             list(generations[-1])
         queue = client.status()["queue"]
-        assert queue == {"running": 1, "waiting": QUEUE_MAX, "max": QUEUE_MAX}
+        assert queue | {"running": 1, "waiting": QUEUE_MAX, "max": QUEUE_MAX} == queue
+        assert queue["room_taken_tokens"] == queue["room_tokens"] == 64, "as long as the context"
         for generation in generations[:-1]:
             admit = served.peers.expect(messages.Admit)
             served.peers.done(admit.request)

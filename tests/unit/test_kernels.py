@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common.kernels import BITS, add_at, dot_at, mix, row_starts, score, widen_at
+from common.packed import packed
 from services.compute.products import (
     CHUNK_ROWS,
     CHUNK_WIDTH,
@@ -91,6 +92,31 @@ def test_threads_share_a_product(threads: int) -> None:
     assert torch.allclose(found, wide @ x, rtol=1e-4, atol=1e-3)
     products.add(bits_of(values), starts, weights, out)
     assert torch.allclose(out, weights @ wide, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8", "int4"])
+@pytest.mark.parametrize("few", [2, 4, 7])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_vector_among_others_comes_to_the_same_bits(dtype: str, few: int, threads: int) -> None:
+    """What a token gets does not depend on the tokens beside it."""
+    rows, width = SHARED_BYTES_MIN // 512 + 7, 1024
+    if dtype in DTYPES:
+        items, starts = bits_of(matrix(dtype, rows, width)[0]), row_starts(rows, width)
+    else:
+        raw = packed(matrix("float32", rows, width)[1].numpy(), dtype)
+        items = raw.reshape(-1).view(BITS[dtype])
+        starts = row_starts(*raw.shape)
+    products = Products(threads)
+    xs, out = torch.randn(few, width), torch.randn(few, width)
+    weights = torch.randn(few, rows) * (torch.rand(few, rows) < 0.3)
+    alone = out.clone()
+    dots = products.dot_many(items, starts, xs)
+    products.add_many(items, starts, weights, out)
+    for b in range(few):
+        assert torch.equal(dots[b], products.dot(items, starts, xs[b]))
+        fired = weights[b].nonzero().squeeze(1)
+        products.add(items, starts[fired.numpy()], weights[b][fired], alone[b])
+        assert torch.equal(out[b], alone[b])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

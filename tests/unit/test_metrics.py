@@ -23,7 +23,7 @@ NONE: dict[str, Any] = dict.fromkeys((f.name for f in fields(Stats)), 0)
 REPORT = {
     "services": {name: {"state": "ready", "counters": {"slots": 9, "slots_resident": 4}}
                  for name in ("gateway", "compute", "predictor", "reader")},
-    "queue": {"running": 1, "waiting": 2},
+    "queue": {"running": 1, "waiting": 2, "room_tokens": 2048, "room_taken_tokens": 128},
     "counters": {"finished": 3, "failed": 1},
     "plan": {"memory_bytes": 100, "cache_bytes": 40, "context": 9},
 }  # fmt: skip

@@ -1,4 +1,5 @@
-"""Requests under any history: one terminal message each, in order of arrival, one at a time."""
+"""Requests under any history: one terminal message each, in order of arrival, no more at a time
+than there is room for."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from common import messages
-from common.limits import CLOSE_S, QUEUE_MAX
+from common.limits import CLOSE_S, KV_ROOM_TOKENS, QUEUE_MAX, RUNNING_MAX
 from inflash import _messages as wire
+from services.gateway.decisions import Decision, ToClient, ToCompute
 from services.gateway.prompts import Prompts
-from services.gateway.requests import Decision, Requests, ToClient, ToCompute
+from services.gateway.requests import Requests
 from tests.unit.test_text import byte_level
 
 VOCABULARY = 300
@@ -41,8 +43,9 @@ def prompts(tokenizer: bool = True) -> Prompts:
         return Prompts(folder, CONTEXT)
 
 
-def requests(tokenizer: bool = True) -> Requests:
-    return Requests(prompts(tokenizer), {}, FIRST)
+def requests(tokenizer: bool = True, room: int = KV_ROOM_TOKENS) -> Requests:
+    """With room for one at a time, unless said otherwise: every request takes KV_ROOM_TOKENS."""
+    return Requests(prompts(tokenizer), {}, FIRST, room)
 
 
 def generate(number: int, prompt: Any = (1, 2), **sampling: Any) -> wire.Generate:
@@ -183,7 +186,7 @@ def test_cancel_of_a_running_request_waits_not_long() -> None:
 
 def test_a_stray_token_is_counted_and_aborted() -> None:
     counters: dict[str, int] = {}
-    desk = Requests(prompts(), counters, FIRST)
+    desk = Requests(prompts(), counters, FIRST, KV_ROOM_TOKENS)
     assert desk.token(token(5), 0.0) == [ToCompute(messages.Abort(5))]
     assert desk.done(done(5), 0.0) == []
     number = running(desk)
@@ -222,14 +225,65 @@ def test_signs_of_life() -> None:
     assert heard(desk.probe(1.9)) == [wire.Waiting(7, 1)]
 
 
+def test_as_many_run_as_there_is_room_for() -> None:
+    desk = requests(room=3 * KV_ROOM_TOKENS)
+    for number in range(5):
+        desk.generate(b"c", generate(number), 0.0)
+    admits = ordered(desk.start(0.0))
+    assert [a.request - FIRST for a in admits] == [0, 1, 2]
+    assert (len(desk.running), desk.room_taken) == (3, 3 * KV_ROOM_TOKENS)
+    assert heard(desk.tick(1.0)) == [
+        wire.Waiting(n, ahead) for n, ahead in enumerate((0, 0, 0, 3, 4))
+    ]
+    assert not desk.start(1.0)
+    said(desk.done(done(admits[1].request), 2.0))
+    assert [a.request - FIRST for a in ordered(desk.start(2.0))] == [3]
+    assert [t.token_id for t in said(desk.token(token(admits[2].request), 3.0))] == [5]
+
+
+def test_no_more_run_than_share_a_step() -> None:
+    desk = requests(room=100 * KV_ROOM_TOKENS)
+    for number in range(RUNNING_MAX + 1):
+        desk.generate(b"c", generate(number), 0.0)
+    assert len(ordered(desk.start(0.0))) == RUNNING_MAX
+
+
+def test_a_short_request_does_not_overtake_a_long_one() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "config.json").write_text(json.dumps({"vocab_size": VOCABULARY}))
+        long = Prompts(Path(name), 4 * KV_ROOM_TOKENS)
+    desk = Requests(long, {}, FIRST, 4 * KV_ROOM_TOKENS)
+    for number, new in enumerate((KV_ROOM_TOKENS, 4 * KV_ROOM_TOKENS, 1)):
+        desk.generate(b"c", generate(number, max_new_tokens=new), 0.0)
+    first = ordered(desk.start(0.0))
+    assert [a.request - FIRST for a in first] == [0]
+    desk.done(done(first[0].request), 1.0)
+    assert [a.request - FIRST for a in ordered(desk.start(1.0))] == [1]
+    desk.done(done(FIRST + 1), 2.0)
+    assert [a.request - FIRST for a in ordered(desk.start(2.0))] == [2]
+
+
+def test_a_cancelled_request_has_its_room_until_compute_has_ended_it() -> None:
+    desk = requests(room=2 * KV_ROOM_TOKENS)
+    for number in range(3):
+        desk.generate(b"c", generate(number), 0.0)
+    desk.start(0.0)
+    desk.cancel(b"c", 0, 1.0)
+    desk.tick(1.0 + CLOSE_S)
+    assert not ordered(desk.start(4.0))
+    desk.done(done(FIRST, "cancelled"), 5.0)
+    assert ordered(desk.start(5.0))
+
+
 class History(RuleBasedStateMachine):
     """Any order of what clients, compute and time can do."""
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(at_once=st.integers(1, 3))
+    def begin(self, at_once: int) -> None:
         self.now = 0.0
-        self.desk = requests()
-        self.in_compute: int | None = None  # what compute has and has not ended
+        self.at_once = at_once
+        self.desk = requests(room=at_once * KV_ROOM_TOKENS)
+        self.in_compute: list[int] = []  # what compute has and has not ended
         self.aborted: set[int] = set()
         self.arrived: list[tuple[bytes, int]] = []
         self.gone: set[bytes] = set()
@@ -245,8 +299,8 @@ class History(RuleBasedStateMachine):
                 assert self.terminal[key] == 0, "nothing after the terminal message"
                 self.terminal[key] += isinstance(d.message, wire.Finished | wire.Failed)
             elif isinstance(d, ToCompute) and isinstance(d.message, messages.Admit):
-                assert self.in_compute is None, "one at a time"
-                self.in_compute = d.message.request
+                self.in_compute.append(d.message.request)
+                assert len(self.in_compute) <= self.at_once
                 self.admitted.append(d.message.request)
             elif isinstance(d, ToCompute):
                 self.aborted.add(d.message.request)
@@ -286,15 +340,19 @@ class History(RuleBasedStateMachine):
     def start(self) -> None:
         self.do(self.desk.start(self.now))
 
-    @rule(token_id=st.sampled_from([1, 5, -1]) | st.integers(0, VOCABULARY - 1))
-    def compute_token(self, token_id: int) -> None:
-        if self.in_compute is not None:
-            self.do(self.desk.token(token(self.in_compute, token_id), self.now))
+    @rule(token_id=st.sampled_from([1, 5, -1]) | st.integers(0, VOCABULARY - 1), data=st.data())
+    def compute_token(self, token_id: int, data: st.DataObject) -> None:
+        if self.in_compute:
+            number = data.draw(st.sampled_from(self.in_compute))
+            self.do(self.desk.token(token(number, token_id), self.now))
 
-    @rule(reason=st.sampled_from(["stop", "length", "cancelled", "failed", "odd"]))
-    def compute_done(self, reason: str) -> None:
-        if self.in_compute is not None:
-            number, self.in_compute = self.in_compute, None
+    @rule(
+        reason=st.sampled_from(["stop", "length", "cancelled", "failed", "odd"]),
+        place=st.integers(0, 2),
+    )
+    def compute_done(self, reason: str, place: int) -> None:
+        if self.in_compute:
+            number = self.in_compute.pop(place % len(self.in_compute))
             self.do(self.desk.done(done(number, reason, "reader", "why"), self.now))
 
     @rule(number=st.integers(0, 9))
@@ -314,14 +372,20 @@ class History(RuleBasedStateMachine):
             assert self.admitted == sorted(self.admitted)
             assert len(self.desk.waiting) <= QUEUE_MAX
 
+    @invariant()
+    def room_is_accounted_for(self) -> None:
+        if hasattr(self, "desk"):
+            assert set(self.desk.running) == set(self.in_compute)
+
     def teardown(self) -> None:
         if not hasattr(self, "desk"):
             return
         if self.next % 2:
             self.do(self.desk.fail_all("reader", "it is gone", self.now))
+            self.in_compute.clear()
         while self.desk.running or self.desk.waiting:
             self.start()
-            self.compute_done("length")
+            self.compute_done("length", 0)
         for key in self.arrived:
             if key[0] not in self.gone:
                 assert self.terminal[key] == 1, key

@@ -33,6 +33,7 @@ def test_each_nanosecond_of_a_token_has_one_cause() -> None:
         "predictor": 14,
         "queue": 22,
         "flash": 26,
+        "others": 0,
         "python": 2 * (10 + 5 + 5) + 5 + 5,
     }
     assert sum(token.by_cause.values()) == token.ns

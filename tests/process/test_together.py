@@ -1,0 +1,128 @@
+"""Requests that run together: each gets the tokens that it gets alone, whoever comes or goes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.bench.clients import measure_clients
+from common.trace.run import load_run
+from common.trace.verdict import CAUSES, judge
+from inflash import Client, RequestFailed
+from scripts.trace import pieces
+from tests.conftest import Made, serving
+
+PROMPTS = [[5, 6], [7, 8, 9], list(range(3, 80)), [11], [12, 13], [14] * 20]
+LONG_S = 60.0
+
+
+class Asked(threading.Thread):
+    """A client of its own that asks once; `tokens` and `reason` are what came."""
+
+    def __init__(self, run_dir: Path, prompt: list[int], tokens: int, **options: Any):
+        super().__init__()
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self.reason: str | None = None
+        self.failed: RequestFailed | None = None
+        self.stats: Any = None
+        self.cancel_after = options.pop("cancel_after", None)
+        self._run_dir, self._prompt = run_dir, prompt
+        self._options = {"max_new_tokens": tokens, "ignore_eos": True} | options
+        self.start()
+
+    def run(self) -> None:
+        with Client(self._run_dir) as client, contextlib.ExitStack() as stack:
+            answer = client.generate(self._prompt, **self._options)
+            stack.callback(answer.cancel)
+            try:
+                for token in answer:
+                    self.tokens.append(token.id)
+                    self.times.append(time.monotonic())
+                    if len(self.tokens) == self.cancel_after:
+                        answer.cancel()
+            except RequestFailed as failure:
+                self.failed = failure
+            self.reason, self.stats = answer.finish_reason, answer.stats
+
+
+def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LONG_S
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"), [("llama-gqa", "float32"), ("opt", "float16")], ids=["llama", "opt"]
+)
+def test_each_gets_the_tokens_that_it_gets_alone(
+    made: Made, run_dir: Path, variant: str, dtype: str
+) -> None:
+    store = made.store(variant, dtype)
+    with serving(store, run_dir, cache="30%", predictor="exact", sequences="2") as client:
+
+        def alone(prompt: list[int], tokens: int = 60) -> list[int]:
+            answer = client.generate(prompt, max_new_tokens=tokens, ignore_eos=True)
+            return [token.id for token in answer]
+
+        expected = [alone(prompt) for prompt in PROMPTS]
+        first = [Asked(run_dir, prompt, 60) for prompt in PROMPTS[:3]]
+        cancelled = Asked(run_dir, [40, 41], 400, cancel_after=5)
+        until(lambda: len(first[0].tokens) > 3)  # others join, and one has left
+        late = [Asked(run_dir, prompt, 60) for prompt in PROMPTS[3:]]
+        for asked in (*first, *late, cancelled):
+            asked.join(LONG_S)
+        assert [asked.tokens for asked in (*first, *late)] == expected
+        assert cancelled.reason == "cancelled"
+        assert 5 <= len(cancelled.tokens) < 400
+        counters = client.status()["services"]["compute"]["counters"]
+        tokens = sum(len(asked.tokens) for asked in (*first, *late)) + 6 * 60
+        assert counters["steps"] < tokens, "steps were shared"
+        clients_are_measured(run_dir)
+        queue = client.status()["queue"]
+        assert (queue["running"], queue["room_taken_tokens"]) == (0, 0)
+    the_trace_adds_up(run_dir)
+
+
+def clients_are_measured(run_dir: Path) -> None:
+    rows = measure_clients(run_dir, [1, 3], 12, prompts=PROMPTS)
+    assert [(row.n, row.answers, row.tokens) for row in rows] == [(1, 1, 12), (3, 3, 36)]
+    for row in rows:
+        assert (row.lost, row.doubled, row.different) == (0, 0, 0)
+        assert 0 < row.slowest_share <= 1
+        assert row.tokens_per_s > 0
+        assert row.memory_peak_bytes is None or row.memory_start_bytes <= row.memory_peak_bytes
+
+
+def the_trace_adds_up(run_dir: Path) -> None:
+    run = load_run(run_dir)
+    assert any(token.by_cause["others"] for token in run.tokens), "a prompt came in between"
+    for token in run.tokens:
+        assert sum(token.by_cause.values()) == pytest.approx(token.ns, rel=0.02)
+    together = [t for t in run.tokens if any(layer.counts["rows"] > 1 for layer in t.layers)]
+    assert {t.request for t in together if t.index} != {together[0].request}
+    assert judge(run).cause in CAUSES
+    assert list(pieces(run.only("last"), 80))
+
+
+def test_a_decode_goes_on_between_the_blocks_of_a_long_prompt(made: Made, run_dir: Path) -> None:
+    store = made.store("llama-gqa")
+    options = {"cache": "30%", "sequences": "2", "block": "16", "context": "512"}
+    with serving(store, run_dir, **options):
+        decoding = Asked(run_dir, [5, 6], 300)
+        until(lambda: len(decoding.tokens) > 2)
+        prompt = Asked(run_dir, list(range(5, 55)) * 8, 3)  # 25 blocks
+        began = time.monotonic()
+        prompt.join(LONG_S)
+        decoding.join(LONG_S)
+        meanwhile = [at for at in decoding.times if began < at < prompt.times[0]]
+        assert len(meanwhile) > 10, "a token for almost every block"
+        assert decoding.stats.decode_others_s > 0
+        assert prompt.reason == "length"
