@@ -75,7 +75,7 @@ def table(rows: list[Together]) -> Table:
     longest wait for one."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("clients", "tokens/s", "times", "slowest\nshare", "first\ntoken", "memory\nMB",
-                 "answers", "lost,\ndoubled", "differ-\nent"):  # fmt: skip
+                 "answers", "lost,\ndoubled", "differ"):  # fmt: skip
         made.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         memory = "→".join(
