@@ -48,8 +48,9 @@ def test_float32_equals_the_reference(made: Made, run_dir: Path, variant: str) -
     assert len({token for _, answer in answers for token in answer.tokens}) > 2, "a dull model"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("variant", MAIN)
+@pytest.mark.parametrize(
+    ("variant", "dtype"), list(zip(MAIN, ["float16", "bfloat16"] * 2, strict=True))
+)
 def test_half_precision_is_close(made: Made, run_dir: Path, variant: str, dtype: str) -> None:
     with serving(made.store(variant, dtype), run_dir, predictor="exact", cache="10%") as client:
         answers = [ask(client, prompt, NEW_TOKENS) for prompt in prompts()]

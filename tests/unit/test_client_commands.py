@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pty
@@ -207,12 +208,9 @@ def test_version_and_help(run_dir: Path) -> None:
 def test_a_servers_command_shows_its_scripts_own_help(run_dir: Path, name: str) -> None:
     status, out, _ = run(run_dir, name, "--help")
     assert status == 0
-    assert "Usage:" in out or "usage:" in out
-    expected = subprocess.run(
-        [sys.executable, "-m", f"scripts.{name}", "--help"],
-        capture_output=True, text=True, cwd=CHECKOUT, timeout=60, check=True,
-    )  # fmt: skip
-    assert out == expected.stdout
+    assert out.startswith(f"Usage: inflash {name} ")
+    for parameter in importlib.import_module(f"scripts.{name}").main.params:
+        assert all(option in out for option in parameter.opts if option.startswith("--"))
 
 
 def test_a_folder_named_scripts_in_the_way_is_not_run(run_dir: Path, tmp_path: Path) -> None:

@@ -62,7 +62,13 @@ SERVICE_MESSAGES = st.one_of(
     st.builds(messages.Token, I64, I64, I64, FLOATS, RAW),
     st.builds(messages.Done, I64, TEXT, TEXT, TEXT, STATS),
     st.builds(messages.Health, TEXT, I64, FLOATS, I64, st.dictionaries(TEXT, I64)),
-    st.builds(messages.Predict, *[I64] * 3, st.booleans(), RAW),
+    st.builds(
+        messages.Predict,
+        st.lists(I64, max_size=9).map(tuple),
+        *[I64] * 2,
+        st.booleans(),
+        RAW,
+    ),
     st.builds(messages.Fetch, *[I64] * 3, st.booleans(), I64, RAW),
     st.builds(messages.Resident, *[I64] * 5, st.booleans(), *[I64] * 9, RAW, RAW),
 )
