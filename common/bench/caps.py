@@ -20,9 +20,7 @@ from common.store.geometry import Geometry
 from common.store.tensors import Tensor
 
 CAP_SHARE = 2  # the default cap is half of the checkpoint
-CACHE_SHARE = (
-    20  # of the FFN a twentieth is cached under it: with less there is no cache to measure
-)
+CACHE_SHARE = 20  # of the FFN a twentieth is cached: with less there is no cache to measure
 _ITEM_BYTES = 2  # of a planted weight
 _HEADER_BYTES = 256  # of a safetensors file, for each tensor: these count as resident, too
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,10 @@ def measure_clients(
     seconds: float = 0.0,
     prompts: Sequence[str | Sequence[int]] = PROMPTS,
     given: Sequence[list[int]] = (),
-    said: Callable[[Together], None] = lambda _: None,
 ) -> list[Together]:
     """A row for each number of clients in `counts`. Each client asks for `tokens` tokens, greedily,
     and again until `seconds` have passed; before that each prompt is answered alone, which warms
-    the cache. Or each prompt's answer is `given`, that of its place. `said` is told of each row.
+    the cache. Or each prompt's answer is `given`, that of its place.
 
     Raises inflash's errors, those of a client's thread too.
     """
@@ -123,7 +122,6 @@ def measure_clients(
         until = time.monotonic() + seconds
         asking = [_Asking(run_dir, *asked[i], tokens, bool(given), until) for i in range(n)]
         rows.append(_together(asking, pids.values()))
-        said(rows[-1])
     return rows
 
 
