@@ -17,13 +17,13 @@ PREDICT_ROWS_MAX = 16  # beyond this many tokens a step's union is nearly the wh
 PREDICT_REQUESTS_KEPT = 12  # of whose last tokens the predictor knows
 
 # Reads
-READS_IN_FLIGHT_MAX = 128  # queue depth that the reader gives the drive
+READS_IN_FLIGHT_MAX = 256  # queue depth that the reader gives the drive
 READ_BYTES_MAX = 1 << 20  # one merged read
 READ_BUNDLES_MAX = 256  # one merged read; IOV_MAX is 1024
 PART_BUNDLES_MIN = 64  # parts smaller than this cost more in messages than they hide
 PART_BYTES_MAX = 16 << 20  # of a streamed layer: one part is multiplied while the next lands
 PARTS_IN_FLIGHT_MAX = 4  # of one fetch
-PREFETCH_BUNDLES_MAX = 64  # of one group that is read ahead of need
+PREFETCH_BUNDLES_MAX = 128  # of one group that is read ahead of need
 PREFETCH_GROUPS_IN_FLIGHT_MAX = 2  # one is being read while the other is taken up
 PREFETCH_GROUPS_WAITING_MAX = 4  # with slots of their own: emptied, and perhaps for nothing
 FETCHES_MAX = 1024  # under way, or with a part not released

@@ -39,7 +39,7 @@ _CALLS = {  # setup, destroy, getevents, submit
 _PREADV = 7  # IOCB_CMD_PREADV
 _RESFD = 1  # IOCB_FLAG_RESFD
 _READ_BITS = 32  # of a read's number in `data`
-WAKE_EVERY = 32  # reads of a batch: so many complete for one signal of the eventfd
+WAKE_EVERY = 64  # reads of a batch: so many complete for one signal of the eventfd
 
 _CONTROL = np.dtype(
     [
