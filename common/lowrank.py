@@ -59,6 +59,10 @@ def ahead_features(
     return np.concatenate([now, before, own_before], axis=1, dtype=np.float32)
 
 
+# gateway and reader know predictors by their files alone: numba, which the products' kernels come
+# with, takes a process a third of its start and 60 MB. So they are imported where they are used.
+
+
 @dataclass(frozen=True)
 class Int8Rows:
     """A matrix [rows, width] as int8 and a scale per row: row i is scales[i] × values[i]."""
@@ -69,16 +73,12 @@ class Int8Rows:
     @classmethod
     def of(cls, matrix: npt.NDArray[Any]) -> Int8Rows:
         """The nearest to `matrix`: off by at most a 254th of a row's largest value."""
-        largest = np.abs(matrix).max(axis=1, initial=0).astype(np.float32)
-        scales = np.maximum(largest / 127, np.finfo(np.float32).tiny)
-        return cls(np.rint(matrix / scales[:, None]).astype(np.int8), scales)
+        return cls(*_as_int8(matrix))
 
     def dot(self, x: Floats) -> Floats:
         """`x` [n, width] times every row: [n, rows]."""
         if len(x) > PREDICT_ROWS_MAX:  # an evaluation's: not while a token waits
             return (x @ self.values.astype(np.float32).T) * self.scales
-        # Here, for gateway and reader know predictors by their files alone: numba takes a process
-        # a third of its start and 60 MB.
         from common.kernels import dot_at, row_starts
 
         starts = row_starts(*self.values.shape)
@@ -90,17 +90,50 @@ class Int8Rows:
 
 
 @dataclass(frozen=True)
+class Int8Tall:
+    """The same of a matrix of many short rows, which lies by columns, `values` [width, rows]: row
+    by row its products took twice as long (docs/measurements.md)."""
+
+    values: npt.NDArray[np.int8]
+    scales: Floats
+
+    @classmethod
+    def of(cls, matrix: npt.NDArray[Any]) -> Int8Tall:
+        values, scales = _as_int8(matrix)
+        return cls(np.ascontiguousarray(values.T), scales)
+
+    def dot(self, x: Floats) -> Floats:
+        """`x` [n, width] times every row: [n, rows]."""
+        if len(x) > PREDICT_ROWS_MAX:
+            return (x @ self.values.astype(np.float32)) * self.scales
+        from common.kernels import add_at, row_starts
+
+        starts = row_starts(*self.values.shape)
+        out = np.zeros((len(x), self.values.shape[1]), np.float32)
+        for one, products in zip(x, out, strict=True):
+            add_at(self.values.reshape(-1), starts, one, products)
+        out *= self.scales
+        return out
+
+
+def _as_int8(matrix: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], Floats]:
+    largest = np.abs(matrix).max(axis=1, initial=0).astype(np.float32)
+    scales = np.maximum(largest / 127, np.finfo(np.float32).tiny)
+    return np.rint(matrix / scales[:, None]).astype(np.int8), scales
+
+
+@dataclass(frozen=True)
 class Factors:
     """One predictor of one layer: a [r, features], b [neurons, r], bias float32 [neurons]."""
 
     a: Int8Rows
-    b: Int8Rows
+    b: Int8Tall
     bias: Floats
 
     @classmethod
     def of(cls, a: npt.NDArray[Any], b: npt.NDArray[Any], bias: Floats) -> Factors:
         """The nearest to factors of any floating dtype."""
-        return cls(Int8Rows.of(a), Int8Rows.of(b), bias)
+        return cls(Int8Rows.of(a), Int8Tall.of(b), bias)
 
     def scores(self, features: Floats) -> Floats:
         """[rows, neurons], of features float32 [rows, features]."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from common import probes
 from common.forecast.machine import VERSION, Machine, fit_drive
-from common.lowrank import Int8Rows
+from common.lowrank import Int8Tall
 from common.system import cores, limits, processor
 
 STAGES = ("drive", "memory", "products", "predictor", "processes")
@@ -74,7 +74,7 @@ def _drive(where: Path) -> Any:
 
 def _predictor_bytes_per_s() -> float:
     random = np.random.default_rng(0)
-    rows = Int8Rows.of(random.standard_normal(PREDICTOR_SHAPE, np.float32))
+    rows = Int8Tall.of(random.standard_normal(PREDICTOR_SHAPE, np.float32))
     x = random.standard_normal((1, PREDICTOR_SHAPE[1]), np.float32)
     times = []
     for _ in range(PREDICTOR_TURNS):

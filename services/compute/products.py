@@ -10,8 +10,7 @@ are columns, [width, tokens]: so laid out its products were 5 to 10 % faster tha
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from common.packed import (
     widen_rows,
 )
 from common.store.geometry import GROUP
+from services.compute.team import Team
 
 Bits = npt.NDArray[Any]
 Starts = npt.NDArray[np.int64]
@@ -46,7 +46,7 @@ class Products:
     def __init__(self, threads: int) -> None:
         self._helpers = threads - 1
         self._local = threading.local()
-        self._pool = ThreadPoolExecutor(threads - 1, "products") if threads > 1 else None
+        self._team = Team(threads - 1, "products") if threads > 1 else None
 
     def dot(self, items: Bits, starts: Starts, x: torch.Tensor) -> torch.Tensor:
         """The product of each row with `x` float32 [width]: float32 [rows]."""
@@ -164,28 +164,24 @@ class Products:
 
     def _share(self, count: int, size_bytes: int, work: Callable[[int, int], None]) -> None:
         """Does `work` for all of `count` items, in blocks, by all threads."""
-        if self._pool is None or size_bytes < SHARED_BYTES_MIN:
+        if self._team is None or size_bytes < SHARED_BYTES_MIN:
             work(0, count)
             return
         step = -(-count // (BLOCKS_PER_THREAD * (self._helpers + 1)))
         self._spread(count, -(-step // GROUP) * GROUP, work)  # cache lines, too
 
     def _spread(self, count: int, step: int, work: Callable[[int, int], None]) -> None:
-        if self._pool is None or count <= step:
+        if self._team is None or count <= step:
             for first in range(0, count, step):
                 work(first, min(first + step, count))
             return
         blocks = iter(range(0, count, step))
-        others = [self._pool.submit(_take, blocks, step, count, work) for _ in range(self._helpers)]
-        _take(blocks, step, count, work)
-        for other in others:
-            other.result()
 
+        def take() -> None:
+            for first in blocks:  # taking one is a single step of the interpreter
+                work(first, min(first + step, count))
 
-def _take(blocks: Iterator[int], step: int, count: int, work: Callable[[int, int], None]) -> None:
-    """Works while there are blocks. Taking one is a single step of the interpreter."""
-    for first in blocks:
-        work(first, min(first + step, count))
+        self._team.do(take)
 
 
 def bits_of(values: torch.Tensor) -> Bits:

@@ -21,7 +21,7 @@ ALL_PROMPTS = dict.fromkeys(PROMPT_TOKENS, NEW_TOKENS)
 WAYS = [("exact", "2%", {1: 4, 7: 24, 300: 4}), ("all", "30%", ALL_PROMPTS)]
 MORE_WAYS = [("all", "2%", {7: 24}), ("exact", "100%", ALL_PROMPTS)]
 MAIN = ("opt", "opt-postln", "llama-gqa", "llama-fatrelu")
-MOST = ("opt", "llama-gqa")
+MOST = ("llama-gqa",)
 
 
 def prompts(lengths: Sequence[int] = PROMPT_TOKENS) -> list[list[int]]:

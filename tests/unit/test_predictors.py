@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.limits import PREDICT_ROWS_MAX
-from common.lowrank import Int8Rows
+from common.lowrank import Int8Rows, Int8Tall
 from common.messages import Predict
 from services.predictor.loop import input_of
 from services.predictor.predictors import PREDICTORS
@@ -67,12 +67,15 @@ def test_names_of_predictors_are_those_of_the_setting(tmp_path: Path) -> None:
         read_settings({"INFLASH_STORE": str(tmp_path), "INFLASH_PREDICTOR": name})
 
 
-def test_int8_rows_multiply_as_what_they_stand_for() -> None:
+@pytest.mark.parametrize("laid_out", [Int8Rows, Int8Tall])
+def test_int8_rows_multiply_as_what_they_stand_for(laid_out: type[Int8Rows | Int8Tall]) -> None:
     rng = np.random.default_rng(2)
-    matrix = rng.standard_normal((50, 3000)).astype(np.float32)  # more values than one chunk has
+    matrix = rng.standard_normal((50, 3000)).astype(np.float32)
     matrix[7] = 0
-    rows = Int8Rows.of(matrix)
-    near = rows.values * rows.scales[:, None]
+    rows = laid_out.of(matrix)
+    values = rows.values if laid_out is Int8Rows else rows.values.T
+    near = values * rows.scales[:, None]
     assert (np.abs(near - matrix).max(axis=1) <= np.abs(matrix).max(axis=1) / 253).all()
-    x = rng.standard_normal((3, 3000)).astype(np.float32)
-    np.testing.assert_allclose(rows.dot(x), x @ near.T, rtol=1e-3, atol=1e-3)
+    for count in (1, 3, PREDICT_ROWS_MAX + 1):
+        x = rng.standard_normal((count, 3000)).astype(np.float32)
+        np.testing.assert_allclose(rows.dot(x), x @ near.T, rtol=1e-3, atol=1e-3)
