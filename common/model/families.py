@@ -27,6 +27,7 @@ class Family:
     layers: str  # path of the decoder layers in the causal model
     ffn: str  # attribute of a layer that our FFN takes the place of
     bypassed: tuple[str, ...]  # attributes of a layer that become the identity
+    together: tuple[str, ...]  # linear modules that are given the same input one after another
     weights: Mapping[str, str]  # part of a bundle -> its linear module, within a layer
     neurons_key: str
     activation_key: str
@@ -46,6 +47,7 @@ OPT = Family(
     layers="model.decoder.layers",
     ffn="fc1",
     bypassed=("activation_fn", "fc2"),
+    together=("q_proj", "k_proj", "v_proj"),
     weights={"up": "fc1", "down": "fc2"},
     neurons_key="ffn_dim",
     activation_key="activation_function",
@@ -57,6 +59,7 @@ LLAMA = Family(
     layers="model.layers",
     ffn="mlp",
     bypassed=(),
+    together=("q_proj", "k_proj", "v_proj"),
     weights={"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
     neurons_key="intermediate_size",
     activation_key="hidden_act",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,12 +43,14 @@ class RowLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._products = products
         self._eight: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._others: list[RowLinear] = []  # a list: they are no modules of this one
+        self._made: tuple[torch.Tensor, torch.Tensor] | None = None  # for an input: its product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., outputs] of `x` [..., inputs]."""
         rows = x.reshape(-1, x.shape[-1]).float()
         if len(rows) == 1:
-            out = self._row(rows[0])
+            out = self._one(x, rows[0])
         elif x.shape[-2] == 1:  # a token of each of a few sequences
             out = self._few(rows)
         else:
@@ -61,10 +63,24 @@ class RowLinear(nn.Module):
         """Has products of one token made by torch's kernel: of int8 rows, see `Int8Probe`."""
         self._eight = int8_of(self.rows)
 
-    def _row(self, row: torch.Tensor) -> torch.Tensor:
+    def lead(self, others: list[RowLinear]) -> None:
+        """`others` will be given the same input after this module: a token's products with theirs
+        are made with this one's, so that the threads meet once."""
+        self._others = others
+
+    def _one(self, x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        made, self._made = self._made, None
+        if made is not None and made[0] is x:
+            return made[1]
         if self._eight is not None:
             return by_torch(row[None], *self._eight)[0]
-        return self._products.dot(self.rows.items, self.rows.starts, row)
+        all_of_us = [self, *(other for other in self._others if other._eight is None)]
+        out, *more = self._products.dot_each(
+            [(m.rows.items, m.rows.starts) for m in all_of_us], row
+        )
+        for other, its in zip(all_of_us[1:], more, strict=True):
+            other._made = x, its
+        return out
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
         if self._eight is not None:
@@ -151,10 +167,17 @@ def choose_int8(model: nn.Module) -> Int8Probe | None:
     return probe
 
 
-def multiply_rows(model: nn.Module, products: Products, packed: Mapping[str, Rows]) -> None:
+def multiply_rows(
+    model: nn.Module, products: Products, packed: Mapping[str, Rows], together: Sequence[str]
+) -> None:
     """Puts a RowLinear in the place of every linear module, over its rows in `packed`, by its
-    weight's name, or else over its own weight."""
+    weight's name, or else over its own weight. Those that are named `together` are made so."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             rows = packed.get(f"{name}.weight") or rows_of(module.weight)
             model.set_submodule(name, RowLinear(rows, module.bias, products))
+    for module in list(model.modules()):
+        members = [getattr(module, name, None) for name in together]
+        found = [member for member in members if isinstance(member, RowLinear)]
+        if found:
+            found[0].lead(found[1:])

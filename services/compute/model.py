@@ -32,14 +32,16 @@ def load_model(store: Store, pipeline: Pipeline, products: Products, resident: s
     config = AutoConfig.from_pretrained(store.config_dir)
     dtype = getattr(torch, store.geometry.compute_dtype)
     model: nn.Module = build_skeleton(config, flash_ffn, dtype, attention=ATTENTION)
-    multiply_rows(model, products, load_resident_as(resident, model, store, products))
+    family = family_named(config.model_type)
+    packed = load_resident_as(resident, model, store, products)
+    multiply_rows(model, products, packed, family.together)
     time_products(model, products, pipeline.laps.product_time)
 
     def tell(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         hidden = args[0] if args else named["hidden_states"]
         pipeline.embedded(hidden.reshape(-1, hidden.shape[-1]))
 
-    layers = model.get_submodule(family_named(config.model_type).layers)
+    layers = model.get_submodule(family.layers)
     layers.get_submodule("0").register_forward_pre_hook(tell, with_kwargs=True)
     return model
 

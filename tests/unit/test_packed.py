@@ -27,7 +27,7 @@ from common.store.manifest import MANIFEST
 from common.store.store import Store
 from common.store.tensors import read_float32, read_header
 from common.store.verify import verify_store
-from services.compute.linear import RowLinear, choose_int8, pack
+from services.compute.linear import RowLinear, choose_int8, multiply_rows, pack, rows_of
 from services.compute.products import SHARED_BYTES_MIN, Products
 from services.compute.rows import CacheRows
 from tests.checkpoints import VARIANTS, Variant, make_checkpoint
@@ -261,3 +261,26 @@ def test_what_is_no_number_comes_through(number_format: str, bad: float) -> None
     out = np.zeros(5, np.float32)
     dot_rows(items, np.arange(5, dtype=np.int64) * raw.shape[1], x, out)
     assert not np.isfinite(out).any()
+
+
+def test_modules_that_are_multiplied_together_give_what_each_gives_alone() -> None:
+    torch.manual_seed(1)
+    products = Products(2)
+    attention = torch.nn.Module()
+    weights = {"q": torch.randn(70, 512), "k": torch.randn(33, 512), "v": torch.randn(900, 512)}
+    for name, weight in weights.items():
+        linear = torch.nn.Linear(512, len(weight))
+        linear.weight.data = weight
+        setattr(attention, name, linear)
+    alone = [RowLinear(rows_of(w), attention.get_submodule(n).bias, products)
+             for n, w in weights.items()]  # fmt: skip
+    multiply_rows(attention, products, {}, ("q", "k", "v", "missing"))
+    together = [attention.get_submodule(name) for name in weights]
+    with torch.inference_mode():
+        for rows in (1, 1, 3, 1):
+            x, other = torch.randn(1, rows, 512), torch.randn(1, 1, 512)
+            for ours, one in zip(together, alone, strict=True):
+                assert torch.equal(ours(x), one(x))
+            assert torch.equal(together[0](x), alone[0](x))
+            assert torch.equal(together[2](other), alone[2](other)), "not the input of the first"
+            assert torch.equal(together[1](x), alone[1](x))
