@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from common.bench.figures import Figures
 from common.forecast.shapes import multiplied_bytes
 from common.plan import kv_token_bytes
@@ -61,12 +63,12 @@ def _resident_bytes(store: Store) -> int:
 
 
 def drive_bytes_per_s(points: Sequence[dict[str, Any]], read_bytes: float) -> float:
-    """The drive's best for reads of a mean size: that of the next larger size measured, at the
-    depth that suits it best. Rather too fast than too slow: it makes a floor."""
+    """The drive's best for reads of a mean size: reads of the next smaller and the next larger
+    size measured, mixed so that their mean is this one, each at the depth that suits it best."""
     sizes = sorted({point["read_bytes"] for point in points})
-    size = next((size for size in sizes if size >= read_bytes), sizes[-1])
-    smaller = [point for point in points if point["read_bytes"] <= size]
-    return float(max(point["bytes_per_s"] for point in smaller))
+    best = [max(p["bytes_per_s"] for p in points if p["read_bytes"] <= size) for size in sizes]
+    mean = min(max(read_bytes, sizes[0]), sizes[-1])
+    return float(mean / np.interp(mean, sizes, np.divide(sizes, best)))
 
 
 def make_floors(
