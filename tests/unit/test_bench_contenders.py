@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -70,6 +71,24 @@ def test_a_failure_says_what_the_program_said_last() -> None:
     assert killed.problem == "it was ended by signal 9"
     late = run(contender("a", "import time; time.sleep(60)"), timeout_s=0.3)
     assert late.problem == "it was not done after 0 s"
+
+
+def test_one_that_crashes_with_its_copies_runs_without_them() -> None:
+    code = (
+        "import os, sys, json\n"
+        "'--copies' in sys.argv and os.kill(os.getpid(), 11)\n"
+        "print(json.dumps({'note': 'one', 'argv': sys.argv[1:]}))\n"
+    )
+    one = contender("a", code)
+    done = run(dataclasses.replace(one, command=[*one.command, "--mode", "mmap", "--copies"]))
+    assert done.problem == ""
+    assert done.result == {
+        "note": "one; without copies of its weights: with them it was ended by signal 11",
+        "argv": ["--mode", "mmap"],
+    }
+    both = contender("a", "import os; os.kill(os.getpid(), 11)")
+    done = run(dataclasses.replace(both, command=[*both.command, "--copies"]))
+    assert done.problem == "it was ended by signal 11"
 
 
 def bare_python(folder: Path) -> str:

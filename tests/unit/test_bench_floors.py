@@ -60,11 +60,11 @@ def test_neurons_and_context_are_counted_in_rows(made: Made) -> None:
 
 
 def test_the_drives_speed_is_that_of_the_reads_that_were_made() -> None:
-    assert drive_bytes_per_s(POINTS, 4096) == 1e9
+    assert drive_bytes_per_s(POINTS, 4096) == pytest.approx(1e9)
     mixed = 5120 / (0.75 * 4096 / 1e9 + 0.25 * 8192 / 2e9)
     assert drive_bytes_per_s(POINTS, 5120) == pytest.approx(mixed), "a quarter of them are larger"
     assert drive_bytes_per_s(POINTS, 1 << 20) == pytest.approx(3e9)
-    assert drive_bytes_per_s(POINTS, 100) == 1e9, "no read is smaller"
+    assert drive_bytes_per_s(POINTS, 100) == pytest.approx(1e9), "no read is smaller"
     slower = [*POINTS, {"read_bytes": 8192, "depth": 256, "bytes_per_s": 0.5e9}]
     assert drive_bytes_per_s(slower, 8192) == pytest.approx(2e9), "a floor takes the best depth"
 
