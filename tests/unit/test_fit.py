@@ -211,8 +211,8 @@ def test_the_service_names_what_the_factors_name(store: Store, text: Path) -> No
         if layer >= 0:
             named = predictor.name(layer, now[layer][None])
             scores = factors["same"][layer]
-            a, b = (m.values * m.scales[:, None] for m in (scores.a, scores.b))
-            score = (now[layer] @ a.T) @ b.T + scores.bias
+            a, tall = scores.a.values * scores.a.scales[:, None], scores.b.values * scores.b.scales
+            score = (now[layer] @ a.T) @ tall + scores.bias
             clear = abs(score) > 1e-5 * abs(score).max()
             assert set(named) & set(np.flatnonzero(clear)) == set(
                 np.flatnonzero(clear & (score > 0))
