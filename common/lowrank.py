@@ -59,7 +59,7 @@ def ahead_features(
     return np.concatenate([now, before, own_before], axis=1, dtype=np.float32)
 
 
-# gateway and reader know predictors by their files alone: numba, which the products' kernels come
+# Gateway and reader know predictors by their files alone: numba, which the products' kernels come
 # with, takes a process a third of its start and 60 MB. So they are imported where they are used.
 
 
