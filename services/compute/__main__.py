@@ -4,8 +4,6 @@ import os
 
 # Before torch's import. Threads that spin between products starve reader and predictor.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Resident matrices in pages of 2 MB: products read them a quarter faster (docs/measurements.md).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from common.lifecycle import run
 from services.compute.loop import serve

@@ -267,7 +267,7 @@ def test_modules_that_are_multiplied_together_give_what_each_gives_alone() -> No
     torch.manual_seed(1)
     products = Products(2)
     attention = torch.nn.Module()
-    weights = {"q": torch.randn(70, 512), "k": torch.randn(33, 512), "v": torch.randn(900, 512)}
+    weights = {"q": torch.randn(70, 512), "k": torch.randn(33, 512), "v": torch.randn(1200, 512)}
     for name, weight in weights.items():
         linear = torch.nn.Linear(512, len(weight))
         linear.weight.data = weight
@@ -276,6 +276,7 @@ def test_modules_that_are_multiplied_together_give_what_each_gives_alone() -> No
              for n, w in weights.items()]  # fmt: skip
     multiply_rows(attention, products, {}, ("q", "k", "v", "missing"))
     together = [attention.get_submodule(name) for name in weights]
+    assert sum(weight.nbytes for weight in weights.values()) >= SHARED_BYTES_MIN, "shared"
     with torch.inference_mode():
         for rows in (1, 1, 3, 1):
             x, other = torch.randn(1, rows, 512), torch.randn(1, 1, 512)
