@@ -16,26 +16,19 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from common.kernels import compiled, real
+from common.kernels import TILE_ROWS, compiled, real
 from common.store.geometry import GROUP, SCALED
 
 LARGEST = 32767  # of the rounded vector
-CHUNK = 512  # numbers of an int8 row whose products add up within int32: 512 × 128 × 32767
 LANES = 8
+PAIRS = 2 * LANES  # numbers that one instruction multiplies, adding neighbours
+CHUNK = 4096  # numbers of an int8 row whose products add up within int32: 512 × 128 × 32767 a lane
+WORD = 4  # numbers of an int4 row in 16 bits
+WORDS = GROUP // WORD
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT = ir.FloatType()
-_FAST = ("reassoc", "contract", "nsz")
-
-
-def _plus(_: Any, total: Any, a: Any, b: Any) -> Any:
-    """total + a × b in int32, where numba's own arithmetic would take int64."""
-
-    def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        product = builder.mul(builder.sext(given[1], _I32), builder.sext(given[2], _I32))
-        return builder.add(given[0], product)
-
-    return types.int32(types.int32, types.int8, types.int16), make
+_FUSED = ("contract",)  # in no other order: a row comes to the same bits, whatever is beside it
 
 
 def _of(element: Any, count: int) -> Any:
@@ -44,6 +37,10 @@ def _of(element: Any, count: int) -> Any:
 
 def _every(element: Any, count: int, value: Any) -> Any:
     return ir.Constant(_of(element, count), [value] * count)
+
+
+def _number(value: int) -> Any:
+    return ir.Constant(_I64, value)
 
 
 def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
@@ -57,16 +54,25 @@ def _load(builder: Any, pointer: Any, element: Any, count: int) -> Any:
     return loaded
 
 
-def _pick(builder: Any, vector: Any, chosen: range) -> Any:
+def _ask_for(builder: Any, pointer: Any) -> None:
+    """Has the cache line at a pointer brought, and goes on."""
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), kind)
+    to_read, to_keep, data = (ir.Constant(_I32, value) for value in (0, 3, 1))
+    builder.call(prefetch, [pointer, to_read, to_keep, data])
+
+
+def _pick(builder: Any, vector: Any, chosen: Any) -> Any:
     return builder.shuffle_vector(vector, vector, ir.Constant(_of(_I32, len(chosen)), list(chosen)))
 
 
-def _pairs(builder: Any, nibbles: Any, by: Any) -> Any:
-    """int32 [8] of uint8 [16] and int16 [16]: their products, neighbours added. Written so that
-    LLVM knows it for the one instruction that it is on x86."""
-    wide = _of(_I32, 2 * LANES)
-    products = builder.mul(builder.zext(nibbles, wide), builder.sext(by, wide))
-    even, odd = (_pick(builder, products, range(first, 2 * LANES, 2)) for first in (0, 1))
+def _pairs(builder: Any, numbers: Any, by: Any) -> Any:
+    """int32 [n ÷ 2] of two vectors of integers [n]: their products, neighbours added. Written so
+    that LLVM knows it for the one instruction that it is on x86."""
+    count = numbers.type.count
+    wide = _of(_I32, count)
+    products = builder.mul(builder.sext(numbers, wide), builder.sext(by, wide))
+    even, odd = (_pick(builder, products, range(first, count, 2)) for first in (0, 1))
     return builder.add(even, odd)
 
 
@@ -74,64 +80,116 @@ def _total(builder: Any, lanes: Any) -> Any:
     """The sum of float32 [8]."""
     for count in (4, 2, 1):
         halves = (_pick(builder, lanes, range(first, first + count)) for first in (0, count))
-        lanes = builder.fadd(*halves, flags=_FAST)
+        lanes = builder.fadd(*halves)
     return builder.extract_element(lanes, ir.Constant(_I32, 0))
 
 
-def _half_at(builder: Any, pointer: Any, index: Any) -> Any:
-    """A float16 as float32."""
-    loaded = builder.load(builder.gep(pointer, [index]))
-    loaded.align = 2
-    return builder.fpext(loaded, _FLOAT)
+class _Two:
+    """Two rows of `items`, the two that come after them, and a sum for each; what the kernels have
+    in common. While two rows are multiplied the next two are asked for: without it int8 rows came
+    from memory at two thirds of this speed, and int4 rows at half (docs/measurements.md)."""
+
+    ARGUMENTS = (types.int64,) * 4  # where the rows begin: two, and the next two
+
+    def __init__(self, context: Any, builder: Any, items: Any, given: Any, zero: Any):
+        """`items` the array's type, `given` the array and the ARGUMENTS, `zero` of the sums."""
+        self._context, self._builder = context, builder
+        self.rows = [_pointer(context, builder, items, given[0], at) for at in given[1:3]]
+        self._next = [_pointer(context, builder, items, given[0], at) for at in given[3:5]]
+        self.sums = [cgutils.alloca_once_value(builder, zero) for _ in self.rows]
+
+    def ask(self, at: Any) -> None:
+        """For byte `at` of the next two."""
+        for row in self._next:
+            _ask_for(self._builder, self._builder.gep(row, [at]))
+
+    def tuple(self, totals: Any) -> Any:
+        return self._context.make_tuple(self._builder, types.UniTuple(types.float32, 2), totals)
 
 
-def _sum4(_: Any, items: Any, start: Any, x: Any, sums: Any, groups: Any) -> Any:
-    """The int4 row at `start` times `x`, int16; `sums` float32 [groups] are those of x's groups.
-
-    By hand, since a group's products are to become float32, and take its scale, as vectors: numba
-    adds each group up to one number first, or gathers from several groups, which takes twice as
-    long."""
+def _sums8(
+    _: Any, items: Any, a: Any, b: Any, c: Any, d: Any, x: Any, first: Any, count: Any
+) -> Any:
+    """Of the int8 rows at `a` and `b` the numbers from `first` on, `count`, a multiple of PAIRS and
+    at most CHUNK, times those of `x`, int16: two float32. The rows at `c` and `d` come next."""
 
     def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        zero, half = ir.Constant(_I64, 0), GROUP // 2
-        row = _pointer(context, builder, signature.args[0], given[0], given[1])
-        vector = _pointer(context, builder, signature.args[2], given[2], zero)
-        sum_of = _pointer(context, builder, signature.args[3], given[3], zero)
-        ends = builder.gep(row, [builder.mul(given[4], ir.Constant(_I64, half))])
-        scales = builder.bitcast(ends, ir.HalfType().as_pointer())
-        minima = builder.gep(scales, [given[4]])
-        lanes = cgutils.alloca_once_value(builder, _every(_FLOAT, LANES, 0.0))
-        least = cgutils.alloca_once_value(builder, ir.Constant(_FLOAT, 0.0))
-        with cgutils.for_range(builder, given[4]) as loop:
-            g = loop.index
-            at = builder.gep(row, [builder.mul(g, ir.Constant(_I64, half))])
-            by = builder.gep(vector, [builder.mul(g, ir.Constant(_I64, GROUP))])
-            packed = _load(builder, at, _I8, half)
-            low = builder.and_(packed, _every(_I8, half, 15))
-            high = builder.lshr(packed, _every(_I8, half, 4))
-            there = builder.gep(by, [ir.Constant(_I64, half)])
-            products = builder.add(
-                _pairs(builder, low, _load(builder, by, _I16, half)),
-                _pairs(builder, high, _load(builder, there, _I16, half)),
-            )
-            scale = builder.insert_element(
-                ir.Constant(_of(_FLOAT, LANES), ir.Undefined),
-                _half_at(builder, scales, g), ir.Constant(_I32, 0),
-            )  # fmt: skip
-            scale = builder.shuffle_vector(scale, scale, _every(_I32, LANES, 0))
-            wide = builder.sitofp(products, _of(_FLOAT, LANES))
-            scaled = builder.fmul(wide, scale, flags=_FAST)
-            builder.store(builder.fadd(builder.load(lanes), scaled, flags=_FAST), lanes)
-            part = builder.load(builder.gep(sum_of, [g]))
-            part = builder.fmul(_half_at(builder, minima, g), part, flags=_FAST)
-            builder.store(builder.fadd(builder.load(least), part, flags=_FAST), least)
-        return builder.fadd(_total(builder, builder.load(lanes)), builder.load(least))
+        two = _Two(context, builder, signature.args[0], given, _every(_I32, LANES, 0))
+        x, first, count = given[5:]
+        vector = _pointer(context, builder, signature.args[5], x, _number(0))
+        with cgutils.for_range_slice(builder, first, builder.add(first, count), _number(PAIRS)) as (
+            at,
+            _,
+        ):
+            by = _load(builder, builder.gep(vector, [at]), _I16, PAIRS)
+            two.ask(at)
+            for row, total in zip(two.rows, two.sums, strict=True):
+                numbers = _load(builder, builder.gep(row, [at]), _I8, PAIRS)
+                builder.store(builder.add(builder.load(total), _pairs(builder, numbers, by)), total)
+        lanes = (builder.sitofp(builder.load(each), _of(_FLOAT, LANES)) for each in two.sums)
+        return two.tuple([_total(builder, each) for each in lanes])
 
-    return types.float32(items, types.int64, x, sums, types.int64), make
+    return types.UniTuple(types.float32, 2)(items, *_Two.ARGUMENTS, x, first, count), make
 
 
-plus: Any = intrinsic(_plus)
-sum4: Any = intrinsic(_sum4)
+def _sums4(_: Any, items: Any, a: Any, b: Any, c: Any, d: Any, x: Any, groups: Any) -> Any:
+    """The numbers of the int4 rows at `a` and `b`, each times its group's scale, times `x`, int16
+    by words (`_by_words`): two float32. The rows at `c` and `d` come next.
+
+    Two groups' numbers lie in PAIRS words. A shift and a mask make int16 of them that are
+    multiplied as they are; a group's products are the half of the lanes that takes its scale."""
+
+    def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        two = _Two(context, builder, signature.args[0], given, _every(_FLOAT, LANES, 0.0))
+        x, groups = given[5:]
+        vector = _pointer(context, builder, signature.args[5], x, _number(0))
+        ends = builder.mul(groups, _number(GROUP // 2))
+        scales = [
+            builder.bitcast(builder.gep(row, [ends]), ir.HalfType().as_pointer())
+            for row in two.rows
+        ]
+
+        def add(group: Any, count: int) -> None:
+            """`count` groups, two or one, from `group` on."""
+            lanes = LANES // 2 * count
+            at = builder.mul(group, _number(GROUP // 2))
+            by = builder.gep(vector, [builder.mul(group, _number(GROUP))])
+            parts = [
+                _load(builder, builder.gep(by, [_number(j * 2 * lanes)]), _I16, 2 * lanes)
+                for j in range(WORD)
+            ]
+            two.ask(at)
+            for row, scale, total in zip(two.rows, scales, two.sums, strict=True):
+                words = _load(builder, builder.gep(row, [at]), _I16, 2 * lanes)
+                products = _every(_I32, lanes, 0)
+                for j, part in enumerate(parts):
+                    shifted = builder.lshr(words, _every(_I16, 2 * lanes, 4 * j))
+                    numbers = builder.and_(shifted, _every(_I16, 2 * lanes, 15))
+                    products = builder.add(products, _pairs(builder, numbers, part))
+                halves = _load(builder, builder.gep(scale, [group]), ir.HalfType(), count)
+                each = builder.fpext(halves, _of(_FLOAT, count))
+                each = _pick(builder, each, [lane // 4 for lane in range(lanes)])
+                wide = builder.sitofp(products, _of(_FLOAT, lanes))
+                scaled = builder.fmul(wide, each, flags=_FUSED)
+                if lanes < LANES:
+                    rest = _every(_FLOAT, lanes, 0.0)
+                    places = ir.Constant(_of(_I32, LANES), list(range(LANES)))
+                    scaled = builder.shuffle_vector(scaled, rest, places)
+                builder.store(builder.fadd(builder.load(total), scaled, flags=_FUSED), total)
+
+        odd = builder.and_(groups, _number(1))
+        even = builder.sub(groups, odd)
+        with cgutils.for_range_slice(builder, _number(0), even, _number(2)) as (group, _):
+            add(group, 2)
+        with builder.if_then(builder.trunc(odd, ir.IntType(1))):
+            add(even, 1)
+        return two.tuple([_total(builder, builder.load(each)) for each in two.sums])
+
+    return types.UniTuple(types.float32, 2)(items, *_Two.ARGUMENTS, x, groups), make
+
+
+sums8: Any = intrinsic(_sums8)
+sums4: Any = intrinsic(_sums4)
 
 
 @compiled
@@ -164,28 +222,77 @@ def _low_bits(eight: Any) -> Any:
 @compiled
 def dot8_at(items: Any, starts: Any, x: Any, out: Any) -> None:
     """`dot_at` of int8 rows, times their scales."""
-    width = x.shape[0]
+    width, last = x.shape[0], starts.shape[0] - 1
     rounded = np.empty(width, np.int16)
     scale = _rounded(x, rounded)
-    for i in range(starts.shape[0]):
-        total = np.float32(0)
+    for i in range(0, last + 1, 2):
+        j, k, m = min(i + 1, last), min(i + 2, last), min(i + 3, last)
+        a, b, c, d = starts[i], starts[j], starts[k], starts[m]
+        p, q = np.float32(0), np.float32(0)
         for first in range(0, width, CHUNK):
-            by = rounded[first : min(first + CHUNK, width)]
-            row, part = items[starts[i] + first : starts[i] + width], np.int32(0)
-            for k in range(by.shape[0]):
-                part = plus(part, row[k], by[k])
-            total += np.float32(part)
-        out[i] = total * (scale * scale_at(items, starts[i]))
+            one, other = sums8(items, a, b, c, d, rounded, first, min(CHUNK, width - first))
+            p, q = p + one, q + other
+        out[i], out[j] = p * (scale * scale_at(items, a)), q * (scale * scale_at(items, b))
 
 
 @compiled
 def dot4_at(items: Any, starts: Any, x: Any, out: Any) -> None:
     """`dot_at` of int4 rows."""
-    groups = x.shape[0] // GROUP
-    rounded, sums = np.empty(x.shape[0], np.int16), np.zeros(groups, np.float32)
-    scale = _rounded(x, rounded)
+    groups, last = x.shape[0] // GROUP, starts.shape[0] - 1
+    rounded, sums = np.empty((2, x.shape[0]), np.int16), np.zeros(groups, np.float32)
+    scale = _rounded(x, rounded[0])
+    _by_words(rounded[0], rounded[1])
     for g in range(groups):
         for k in range(GROUP):
-            sums[g] += np.float32(rounded[g * GROUP + k])
-    for i in range(starts.shape[0]):
-        out[i] = sum4(items, starts[i], rounded, sums, groups) * scale
+            sums[g] += np.float32(rounded[0, g * GROUP + k])
+    for i in range(0, last + 1, 2):
+        j, k, m = min(i + 1, last), min(i + 2, last), min(i + 3, last)
+        a, b, c, d = starts[i], starts[j], starts[k], starts[m]
+        p, q = sums4(items, a, b, c, d, rounded[1], groups)
+        out[i], out[j] = (p + _least(items, a, sums)) * scale, (q + _least(items, b, sums)) * scale
+
+
+@compiled
+def _by_words(x: Any, out: Any) -> None:
+    """Fills `out` with `x` in the order in which `sums4` takes it: of every two groups the numbers
+    that lie in the lowest four bits of their words, then of the next four; of a last one alike."""
+    groups = x.shape[0] // GROUP
+    for g in range(groups):
+        words = WORDS if g == groups - 1 and g % 2 == 0 else 2 * WORDS
+        at = g // 2 * 2 * GROUP + g % 2 * WORDS
+        for w in range(WORDS):
+            k = g * GROUP + 2 * w
+            out[at + w], out[at + 2 * words + w] = x[k], x[k + 1]
+            k += GROUP // 2
+            out[at + words + w], out[at + 3 * words + w] = x[k], x[k + 1]
+
+
+@compiled
+def _least(items: Any, start: Any, sums: Any) -> Any:
+    """Of the int4 row at `start` each group's minimum times the sum of x there, added up."""
+    groups = sums.shape[0]
+    at = start + groups * (GROUP // 2 + 2)
+    minima = items[at : at + 2 * groups].view(np.uint16)
+    total = np.float32(0)
+    for g in range(groups):
+        total += real(minima[g]) * sums[g]
+    return total
+
+
+@compiled
+def dot4_many_at(items: Any, starts: Any, xs: Any, begin: int, stop: int, out: Any) -> None:
+    """`dot_many_at` of int4 rows: some of them for one vector after another, while they are in a
+    core's cache."""
+    for first in range(begin, stop, TILE_ROWS):
+        end = min(first + TILE_ROWS, stop)
+        for b in range(xs.shape[0]):
+            dot4_at(items, starts[first:end], xs[b], out[b, first:end])
+
+
+@compiled
+def dot8_many_at(items: Any, starts: Any, xs: Any, begin: int, stop: int, out: Any) -> None:
+    """The same of int8 rows."""
+    for first in range(begin, stop, TILE_ROWS):
+        end = min(first + TILE_ROWS, stop)
+        for b in range(xs.shape[0]):
+            dot8_at(items, starts[first:end], xs[b], out[b, first:end])

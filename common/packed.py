@@ -25,7 +25,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from common.integer_dot import dot4_at, dot8_at, scale_at
+from common.integer_dot import dot4_at, dot4_many_at, dot8_at, dot8_many_at, scale_at
 from common.kernels import (
     BITS,
     TILE_ROWS,
@@ -114,25 +114,6 @@ def _add4_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out:
             for k in range(HALF):
                 sums[g, k] += low(bytes_a[g, k]) * p + least
                 sums[g, k + HALF] += high(bytes_a[g, k]) * p + least
-
-
-@compiled
-def _dot4_many_at(items: Any, starts: Any, xs: Any, begin: int, stop: int, out: Any) -> None:
-    """`dot_many_at` of int4 rows: some of them for one vector after another, while they are in a
-    core's cache."""
-    for first in range(begin, stop, TILE_ROWS):
-        end = min(first + TILE_ROWS, stop)
-        for b in range(xs.shape[0]):
-            dot4_at(items, starts[first:end], xs[b], out[b, first:end])
-
-
-@compiled
-def _dot8_many_at(items: Any, starts: Any, xs: Any, begin: int, stop: int, out: Any) -> None:
-    """The same of int8 rows."""
-    for first in range(begin, stop, TILE_ROWS):
-        end = min(first + TILE_ROWS, stop)
-        for b in range(xs.shape[0]):
-            dot8_at(items, starts[first:end], xs[b], out[b, first:end])
 
 
 @compiled
@@ -262,7 +243,7 @@ def dot_rows(items: Bits, starts: Starts, x: Floats, out: Floats) -> None:
 
 def dot_many(items: Bits, starts: Starts, xs: Floats, first: int, end: int, out: Floats) -> None:
     """`dot_many_at` of rows of any number format. For each vector the result of `dot_rows`."""
-    formats = {np.dtype(np.uint8): _dot4_many_at, np.dtype(np.int8): _dot8_many_at}
+    formats = {np.dtype(np.uint8): dot4_many_at, np.dtype(np.int8): dot8_many_at}
     formats.get(items.dtype, dot_many_at)(items, starts, xs, first, end, out)
 
 
