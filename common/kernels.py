@@ -191,6 +191,43 @@ def end_of(ends: Any, done: int, tile: int, count: int) -> Any:
 
 
 @compiled
+def count_fired_at(weights: Any, begins: Any) -> None:
+    """Where each vector's part of a list begins that has those of its rows whose weight is not 0.
+
+    `weights` float32 [rows, vectors]; `begins` int64 [vectors + 1], its last the list's length.
+    """
+    begins[:] = 0
+    for i in range(weights.shape[0]):
+        for b in range(weights.shape[1]):
+            begins[b + 1] += weights[i, b] != 0
+    for b in range(weights.shape[1]):
+        begins[b + 1] += begins[b]
+
+
+@compiled
+def list_fired_at(weights: Any, begins: Any, places: Any, values: Any) -> None:
+    """Fills that list: for each vector its rows' numbers, int64, in order, and their weights."""
+    ends = begins.copy()
+    for i in range(weights.shape[0]):
+        for b in range(weights.shape[1]):
+            if weights[i, b] != 0:
+                places[ends[b]], values[ends[b]] = i, weights[i, b]
+                ends[b] += 1
+
+
+@compiled
+def add_fired_at(rows: Any, begins: Any, places: Any, values: Any, out: Any) -> None:
+    """For each vector, out += Σ the rows that the list has for it, each times its weight.
+
+    `rows` float32 [rows, width] and `out` float32 [vectors, width], both contiguous.
+    """
+    width, items = out.shape[1], rows.reshape(rows.size)
+    for b in range(out.shape[0]):
+        first, end = begins[b], begins[b + 1]
+        add_at(items, places[first:end] * width, values[first:end], out[b])
+
+
+@compiled
 def widen_at(items: Any, starts: Any, out: Any) -> None:
     """out[i] = the row of `items` that begins at starts[i], as float32: `out` [rows, width]."""
     width = out.shape[1]
@@ -239,6 +276,10 @@ def compile_for(*dtypes: str) -> None:
     """Compiles the kernels for rows of `dtypes`, so that no token waits for it."""
     starts, wide = row_starts(1, 1), np.zeros((1, 1), np.float32)
     many = np.zeros((VECTORS, 1), np.float32)
+    begins, places = np.zeros(2, np.int64), np.zeros(1, np.int64)
+    count_fired_at(wide, begins)
+    list_fired_at(wide, begins, places, wide[0])
+    add_fired_at(wide, begins, places, wide[0], wide)
     for dtype in dtypes:
         items = np.zeros(1, BITS[dtype])
         dot_at(items, starts, wide[0], wide[0])

@@ -18,6 +18,7 @@ from common.model.activation import Activation
 from common.plan import part_bundles
 from common.store.geometry import Geometry
 from services.compute.pipeline import Part, Pipeline
+from services.compute.products import Sums
 
 
 class FlashFFN(nn.Module):
@@ -69,12 +70,13 @@ class FlashFFN(nn.Module):
 
     def _block(self, rows: torch.Tensor) -> torch.Tensor:
         """Tokens are columns: see products.py."""
-        wide, out = rows.float().T.contiguous(), torch.zeros(self.hidden, len(rows))
+        cached = self.pipeline.rows
+        wide, sums = cached.columns(rows), cached.sums(len(rows), self.hidden)
         for part in self.pipeline.parts(self.layer, rows):
             for first in range(0, len(part.ids), self.chunk):
                 some = slice(first, first + self.chunk)
-                self._add_block(out, wide, part.ids[some], part.slots[some])
-        return out.T.contiguous()
+                self._add_block(sums, wide, part.ids[some], part.slots[some])
+        return sums.total()
 
     def _bias(self, z: torch.Tensor, name: str, ids: torch.Tensor) -> torch.Tensor:
         """Of neurons `ids`, the last dimension of `z`."""
@@ -111,12 +113,20 @@ class FlashFFN(nn.Module):
         rows.add_many("down", slots, h, out)
 
     def _add_block(
-        self, out: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor
+        self, sums: Sums, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor
     ) -> None:
         """Adds the share of some neurons for many tokens; no more of them than the plan has room
         for."""
-        first, rows = self.first, self.pipeline.rows
-        h = self.act(self._bias(rows.dot_block(first, slots, x).T, first, ids).T)
-        if first == "gate":
-            h *= self._bias(rows.dot_block("up", slots, x).T, "up", ids).T
-        rows.add_block("down", slots, h, out)
+        rows, h = self.pipeline.rows, torch.empty(len(ids), x.shape[1])
+
+        def activate(first: int, end: int, z: torch.Tensor) -> None:
+            h[first:end] = self.act(self._bias(z.T, self.first, ids[first:end]).T)
+
+        rows.dot_block(self.first, slots, x, activate)
+        if self.first == "gate":
+
+            def scale(first: int, end: int, z: torch.Tensor) -> None:
+                h[first:end] *= self._bias(z.T, "up", ids[first:end]).T
+
+            rows.dot_block("up", slots, x, scale)
+        rows.add_block("down", slots, h, sums)

@@ -44,17 +44,16 @@ class RowLinear(nn.Module):
         self._products = products
         self._eight: tuple[torch.Tensor, torch.Tensor] | None = None
         self._others: list[RowLinear] = []  # a list: they are no modules of this one
-        self._made: tuple[torch.Tensor, torch.Tensor] | None = None  # for an input: its product
+        # For an input what another has made for this one: its product; of a block, its columns.
+        self._made: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., outputs] of `x` [..., inputs]."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        if len(rows) == 1:
-            out = self._one(x, rows[0])
-        elif x.shape[-2] == 1:  # a token of each of a few sequences
-            out = self._few(rows)
-        else:
-            out = self._block(rows)
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) > 1 and x.shape[-2] > 1:
+            return self._block(x, rows).view(*x.shape[:-1], -1)
+        # A token, or a token of each of a few sequences.
+        out = self._one(x, rows[0].float()) if len(rows) == 1 else self._few(rows.float())
         if self.bias is not None:
             out += self.bias
         return out.to(x.dtype).view(*x.shape[:-1], -1)
@@ -65,7 +64,7 @@ class RowLinear(nn.Module):
 
     def lead(self, others: list[RowLinear]) -> None:
         """`others` will be given the same input after this module: a token's products with theirs
-        are made with this one's, so that the threads meet once."""
+        are made with this one's, so that the threads meet once, and a block is laid out once."""
         self._others = others
 
     def _one(self, x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
@@ -87,9 +86,23 @@ class RowLinear(nn.Module):
             return by_torch(rows, *self._eight)
         return self._products.dot_many(self.rows.items, self.rows.starts, rows)
 
-    def _block(self, rows: torch.Tensor) -> torch.Tensor:
-        matrix, tokens = self.rows, rows.T.contiguous()
-        return self._products.dot_block(matrix.items, matrix.starts, tokens).T.contiguous()
+    def _block(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        made, self._made = self._made, None
+        if made is not None and made[0] is x:
+            tokens = made[1]
+        else:
+            tokens = self._products.columns(rows)
+            for other in self._others:
+                other._made = x, tokens
+        out = x.new_empty(len(rows), len(self.rows.starts))
+
+        def take(first: int, end: int, products: torch.Tensor) -> None:
+            if self.bias is not None:
+                products += self.bias[first:end, None]
+            out[:, first:end] = products.T
+
+        self._products.dot_block(self.rows.items, self.rows.starts, tokens, take)
+        return out
 
 
 def rows_of(weight: torch.Tensor) -> Rows:

@@ -41,7 +41,6 @@ from services.compute.waits import LayerWaits
 def serve(service: Service, store: Store) -> None:
     """Runs until asked to stop."""
     threads = service.settings.threads or cores()
-    torch.set_num_threads(1)  # the products' threads are ours: see products.py
     loop = ComputeLoop(service, store, Products(threads))
     with torch.inference_mode():
         loop.run()

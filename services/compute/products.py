@@ -5,6 +5,9 @@ A product is cut into blocks that the threads take one after another: where anot
 taken a core, the thread on the other core takes more of them. No thread spins between products.
 torch itself has one thread: its own would wait for the slowest of them, and spin. A block's tokens
 are columns, [width, tokens]: so laid out its products were 5 to 10 % faster than as rows.
+
+Of a block's tokens few fire a neuron, where the activation is ReLU: then its row is added for those
+alone, which takes a quarter of the time that one large product with the zeros in it takes.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.kernels import BITS, VECTORS
+from common.kernels import BITS, VECTORS, add_fired_at, count_fired_at, list_fired_at
 from common.packed import (
     add_many,
     add_rows,
@@ -32,12 +35,36 @@ from services.compute.team import Team
 
 Bits = npt.NDArray[Any]
 Starts = npt.NDArray[np.int64]
+Take = Callable[[int, int, torch.Tensor], None]
+"""Is given products of rows with a block's tokens, float32 [rows, tokens], and which rows they are
+of, from which to which. They are overwritten when it has returned."""
 
 BLOCKS_PER_THREAD = 4
 SHARED_BYTES_MIN = 2 << 20  # what takes less time than 0.2 ms is not worth waking a thread for
 # Of a block of tokens' products: rows, or columns of them, that are float32 at a time in a thread.
 CHUNK_ROWS = 256
 CHUNK_WIDTH = 512
+# With so many weights that are not 0 a product with all of them takes as long (measurements.md).
+FIRED_MAX = 1 / 8
+
+
+class Sums:
+    """What is added up for each token of a block, float32 [tokens, width], zeros at first.
+
+    In pieces of the width, each by itself in memory: one stays in a core's cache while rows are
+    added to it, which it does not as a column of a matrix whose rows are a power of two apart.
+    """
+
+    def __init__(self, tokens: int, width: int, step: int):
+        """Pieces of `step` numbers."""
+        self.width, self.step = width, step
+        self.pieces = [
+            torch.zeros(tokens, min(step, width - first)) for first in range(0, width, step)
+        ]
+
+    def total(self) -> torch.Tensor:
+        """float32 [tokens, width]."""
+        return torch.cat(self.pieces, dim=1)
 
 
 class Products:
@@ -115,56 +142,76 @@ class Products:
 
         self._share(width, len(starts) * width * items.itemsize, add)
 
-    def dot_block(self, items: Bits, starts: Starts, x: torch.Tensor) -> torch.Tensor:
-        """The product of each row with each token of `x` float32 [width, tokens]: float32
-        [rows, tokens]. Threads share the rows."""
-        out = torch.empty(len(starts), x.shape[1])
+    def columns(self, rows: torch.Tensor) -> torch.Tensor:
+        """A block's tokens [tokens, width] as columns: float32 [width, tokens]."""
+        out = torch.empty(rows.shape[1], rows.shape[0])
+
+        def lay_out(first: int, end: int) -> None:
+            out[first:end] = rows[:, first:end].T
+
+        self.share(len(out), CHUNK_WIDTH, lay_out)
+        return out
+
+    def dot_block(self, items: Bits, starts: Starts, x: torch.Tensor, take: Take) -> None:
+        """The product of each row with each token of `x` float32 [width, tokens]. Threads share the
+        rows; each gives those that it has made to `take`, and what that does is shared, too."""
 
         def multiply(first: int, end: int) -> None:
             rows = self._widened(items, starts[first:end], len(x), 0, len(x))
-            torch.mm(rows, x, out=out[first:end])
+            made = self._room("made", end - first, x.shape[1])
+            take(first, end, torch.mm(rows, x, out=made))
 
         self.share(len(starts), CHUNK_ROWS, multiply)
-        return out
 
-    def add_block(
-        self, items: Bits, starts: Starts, weights: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """out += for each token the rows, each times its weight: `weights` float32 [rows, tokens],
-        `out` float32 [width, tokens]. Threads share the width, so that none adds where another
-        does."""
+    def sums(self, tokens: int, width: int) -> Sums:
+        """For `add_block`: a piece for each thread at least."""
+        each = -(-width // (self._helpers + 1))
+        return Sums(tokens, width, min(CHUNK_WIDTH, -(-each // GROUP) * GROUP))
+
+    def add_block(self, items: Bits, starts: Starts, weights: torch.Tensor, sums: Sums) -> None:
+        """Adds for each token the rows, each times its weight: `weights` float32 [rows, tokens].
+        Threads share the width, so that none adds where another does."""
+        fired = _fired(weights)
 
         def add(first: int, end: int) -> None:
-            rows = self._widened(items, starts, len(out), first, end)
-            out[first:end].addmm_(rows.T, weights)
+            for at, piece in enumerate(sums.pieces[first:end], first):
+                begin = at * sums.step
+                width = piece.shape[1]
+                rows = self._widened(items, starts, sums.width, begin, begin + width)
+                if fired is None:
+                    piece.addmm_(weights.T, rows)
+                else:
+                    begins, places, values = fired
+                    add_fired_at(rows.numpy(), begins, places, values, piece.numpy())
 
-        self.share(len(out), CHUNK_WIDTH, add, GROUP)
+        self.share(len(sums.pieces), 1, add)
 
-    def share(
-        self, count: int, step: int, work: Callable[[int, int], None], multiple: int = 1
-    ) -> None:
-        """Does torch's `work` for all of `count` items, at most `step` at a time, by all threads;
-        each begins at a multiple of `multiple`, of which `step` is one."""
+    def share(self, count: int, step: int, work: Callable[[int, int], None]) -> None:
+        """Does torch's `work` for all of `count` items, at most `step` at a time, by all
+        threads."""
 
         def do(first: int, end: int) -> None:
             with torch.inference_mode():  # which is a thread's own
                 work(first, end)
 
-        each = max(-(-count // (self._helpers + 1)), 1)
-        self._spread(count, min(step, -(-each // multiple) * multiple), do)
+        self._spread(count, min(step, max(-(-count // (self._helpers + 1)), 1)), do)
 
     def _widened(
         self, items: Bits, starts: Starts, width: int, first: int, end: int
     ) -> torch.Tensor:
         """Of rows of `width` numbers those from `first` to `end`, as float32 [rows, end - first];
         until the thread's next."""
-        size = len(starts) * (end - first)
-        room: torch.Tensor | None = getattr(self._local, "room", None)
-        if room is None or len(room) < size:
-            room = self._local.room = torch.empty(size)
-        rows = room[:size].view(len(starts), end - first)
+        rows = self._room("rows", len(starts), end - first)
         widen_rows(items, starts, width, first, rows.numpy())
         return rows
+
+    def _room(self, name: str, rows: int, width: int) -> torch.Tensor:
+        """float32 [rows, width] of the thread's own, whatever is in it; until it asks again."""
+        room: torch.Tensor | None = getattr(self._local, name, None)
+        if room is None or len(room) < rows * width:
+            room = torch.empty(rows * width)
+            setattr(self._local, name, room)
+        return room[: rows * width].view(rows, width)
 
     def pack(self, rows: npt.NDArray[np.float32], items: Bits, starts: Starts) -> None:
         """Packs `rows` float32 [rows, width] into `items`: row i begins at starts[i]."""
@@ -206,3 +253,17 @@ def bits_of(values: torch.Tensor) -> Bits:
     if values.element_size() == 2:
         flat = flat.view(torch.int16)
     return flat.numpy().view(BITS[name])
+
+
+def _fired(weights: torch.Tensor) -> tuple[npt.NDArray[Any], ...] | None:
+    """For each token the rows whose weight is not 0, as `add_fired_at` takes them; None if they are
+    not few."""
+    rows, tokens = weights.shape
+    given, begins = weights.contiguous().numpy(), np.empty(tokens + 1, np.int64)
+    count_fired_at(given, begins)
+    count = int(begins[-1])
+    if count > rows * tokens * FIRED_MAX:
+        return None
+    places, values = np.empty(count, np.int64), np.empty(count, np.float32)
+    list_fired_at(given, begins, places, values)
+    return begins, places, values

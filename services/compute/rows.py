@@ -13,7 +13,7 @@ import torch
 
 from common.kernels import BITS
 from common.store.geometry import Geometry
-from services.compute.products import Bits, Products, Starts
+from services.compute.products import Bits, Products, Starts, Sums, Take
 
 
 class CacheRows:
@@ -46,16 +46,22 @@ class CacheRows:
         to `out` float32 [tokens, hidden]."""
         self._products.add_many(self._items, self._starts(part, slots), weights, out)
 
-    def dot_block(self, part: str, slots: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The same for each token of `x` float32 [hidden, tokens]: float32 [count, tokens]."""
-        return self._products.dot_block(self._items, self._starts(part, slots), x)
+    def dot_block(self, part: str, slots: torch.Tensor, x: torch.Tensor, take: Take) -> None:
+        """Those products for each token of `x` float32 [hidden, tokens]; some at a time they are
+        given to `take`."""
+        self._products.dot_block(self._items, self._starts(part, slots), x, take)
 
-    def add_block(
-        self, part: str, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Adds for each token those rows, each times its weight, float32 [count, tokens], to `out`
-        float32 [hidden, tokens]."""
-        self._products.add_block(self._items, self._starts(part, slots), weights, out)
+    def add_block(self, part: str, slots: torch.Tensor, weights: torch.Tensor, sums: Sums) -> None:
+        """Adds for each token those rows, each times its weight, float32 [count, tokens]."""
+        self._products.add_block(self._items, self._starts(part, slots), weights, sums)
+
+    def columns(self, rows: torch.Tensor) -> torch.Tensor:
+        """A block's tokens [tokens, hidden] as `dot_block` takes them."""
+        return self._products.columns(rows)
+
+    def sums(self, tokens: int, width: int) -> Sums:
+        """Zeros, for `add_block`."""
+        return self._products.sums(tokens, width)
 
     def _starts(self, part: str, slots: torch.Tensor) -> Starts:
         return slots.numpy() * self._slot_items + self._place[part]

@@ -11,6 +11,7 @@ from common.packed import packed
 from services.compute.products import (
     CHUNK_ROWS,
     CHUNK_WIDTH,
+    FIRED_MAX,
     SHARED_BYTES_MIN,
     Products,
     bits_of,
@@ -126,12 +127,24 @@ def test_threads_share_a_block_of_tokens(dtype: str, threads: int) -> None:
     values, wide = matrix(dtype, rows, width)
     products, starts = Products(threads), row_starts(rows, width)[::-1].copy()
     with torch.inference_mode():  # as compute runs: its threads have to be in it, too
-        x, weights = torch.randn(width, tokens), torch.randn(rows, tokens)
-        out = torch.ones(width, tokens)
-        found = products.dot_block(bits_of(values), starts, x)
-        products.add_block(bits_of(values), starts, weights, out)
-    torch.testing.assert_close(found, wide.flip(0) @ x, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(out, 1 + wide.flip(0).T @ weights, rtol=1e-4, atol=1e-3)
+        x = torch.randn(width, tokens)
+        found = torch.empty(rows, tokens)
+        products.dot_block(
+            bits_of(values),
+            starts,
+            products.columns(x.T),
+            lambda i, j, made: found[i:j].copy_(made),
+        )
+        torch.testing.assert_close(found, wide.flip(0) @ x, rtol=1e-4, atol=1e-3)
+        all_fire = torch.randn(rows, tokens)
+        few_fire = all_fire * (torch.rand(rows, tokens) < FIRED_MAX / 2)
+        for weights in (all_fire, few_fire):
+            sums = products.sums(tokens, width)
+            products.add_block(bits_of(values), starts, weights, sums)
+            products.add_block(bits_of(values), starts, weights, sums)
+            assert len(sums.pieces) >= threads
+            expected = 2 * weights.T @ wide.flip(0)
+            torch.testing.assert_close(sums.total(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_what_fails_in_a_thread_fails_the_product() -> None:
