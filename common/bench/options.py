@@ -15,6 +15,7 @@ from common.bench.rivals.gguf import row_problem
 from common.bench.studies import PREFILL_TOKENS
 from common.errors import UserError
 from common.limits import QUEUE_MAX
+from common.plan import kv_room
 from common.store.geometry import pack_problem
 from common.store.store import Store
 
@@ -96,8 +97,9 @@ def prefill_context() -> int:
 
 
 def clients_context(options: Options) -> int:
-    """Tokens of all clients together, or of the request that goes before them."""
-    together = max(options.clients) * (PROMPT_TOKENS + options.tokens)
+    """Tokens of all clients together, each with the room that a request takes; or of the request
+    that goes before them."""
+    together = max(options.clients) * kv_room(PROMPT_TOKENS + options.tokens)
     return max(together, options.prompt + options.tokens + 1)
 
 
