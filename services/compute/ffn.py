@@ -10,6 +10,10 @@ A neuron that does not fire is skipped before its other parts are touched.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -17,7 +21,7 @@ from common.model.act import make_act
 from common.model.activation import Activation
 from common.plan import part_bundles
 from common.store.geometry import Geometry
-from services.compute.pipeline import Part, Pipeline
+from services.compute.pipeline import Indices, Part, Pipeline
 from services.compute.products import Sums
 
 
@@ -29,7 +33,7 @@ class FlashFFN(nn.Module):
         layer: int,
         geometry: Geometry,
         activation: Activation,
-        biases: dict[str, torch.Tensor],
+        biases: Mapping[str, npt.NDArray[np.float32]],
         pipeline: Pipeline,
     ):
         super().__init__()
@@ -52,7 +56,7 @@ class FlashFFN(nn.Module):
         else:
             out = self._block(rows)
         if "down" in self.biases:
-            out += self.biases["down"]
+            out += torch.from_numpy(self.biases["down"])
         return out.to(x.dtype).view(x.shape)
 
     def _one(self, rows: torch.Tensor) -> torch.Tensor:
@@ -78,24 +82,24 @@ class FlashFFN(nn.Module):
                 self._add_block(sums, wide, part.ids[some], part.slots[some])
         return sums.total()
 
-    def _bias(self, z: torch.Tensor, name: str, ids: torch.Tensor) -> torch.Tensor:
+    def _bias(self, z: torch.Tensor, name: str, ids: Indices) -> torch.Tensor:
         """Of neurons `ids`, the last dimension of `z`."""
         if name not in self.biases:
             return z
-        return z.add_(self.biases[name][ids])
+        return z.add_(torch.from_numpy(self.biases[name][ids]))
 
     def _add_one(self, out: torch.Tensor, x: torch.Tensor, part: Part) -> None:
         """Adds a part's share for one token, straight from the cache."""
         first, rows = self.first, self.pipeline.rows
         z = rows.dot(first, part.slots, x)
-        h = self.act(self._bias(z, first, part.ids))
-        fires = h.nonzero().squeeze(1)
+        values = self.act(self._bias(z, first, part.ids)).numpy()
+        fires = np.flatnonzero(values)
         self.pipeline.fired(part, len(fires))
         if not len(fires):
             return
-        h, ids, slots = h[fires], part.ids[fires], part.slots[fires]
+        h, slots = torch.from_numpy(values[fires]), part.slots[fires]
         if first == "gate":
-            h = h * self._bias(rows.dot("up", slots, x), "up", ids)
+            h *= self._bias(rows.dot("up", slots, x), "up", part.ids[fires])
         rows.add("down", slots, h, out)
 
     def _add_few(self, out: torch.Tensor, xs: torch.Tensor, part: Part) -> None:
@@ -103,18 +107,16 @@ class FlashFFN(nn.Module):
         are touched if it fires for any of them, once for all."""
         first, rows = self.first, self.pipeline.rows
         h = self.act(self._bias(rows.dot_many(first, part.slots, xs), first, part.ids))
-        fires = h.any(dim=0).nonzero().squeeze(1)
+        fires = np.flatnonzero(h.numpy().any(axis=0))
         self.pipeline.fired(part, len(fires))
         if not len(fires):
             return
-        h, ids, slots = h[:, fires], part.ids[fires], part.slots[fires]
+        h, slots = torch.from_numpy(h.numpy()[:, fires]), part.slots[fires]
         if first == "gate":
-            h = h * self._bias(rows.dot_many("up", slots, xs), "up", ids)
+            h *= self._bias(rows.dot_many("up", slots, xs), "up", part.ids[fires])
         rows.add_many("down", slots, h, out)
 
-    def _add_block(
-        self, sums: Sums, x: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor
-    ) -> None:
+    def _add_block(self, sums: Sums, x: torch.Tensor, ids: Indices, slots: Indices) -> None:
         """Adds the share of some neurons for many tokens; no more of them than the plan has room
         for."""
         rows, h = self.pipeline.rows, torch.empty(len(ids), x.shape[1])

@@ -66,8 +66,10 @@ def packed(hidden: int) -> list[Ways]:
         for begin in (0, geometry.row_bytes):
             bundles[:, begin : begin + geometry.row_bytes] = part
         rows = CacheRows(bytearray(bundles), geometry, products)
-        up[f"up, {NAMED} rows: {name}"] = functools.partial(rows.dot, "up", named, x)
-        down[f"down, {FIRED} rows: {name}"] = functools.partial(rows.add, "down", fired, h, out)
+        up[f"up, {NAMED} rows: {name}"] = functools.partial(rows.dot, "up", named.numpy(), x)
+        down[f"down, {FIRED} rows: {name}"] = functools.partial(
+            rows.add, "down", fired.numpy(), h, out
+        )
         matrices = [
             random_rows(torch.randn(hidden, hidden), name, products) for _ in range(RESIDENT)
         ]
@@ -147,11 +149,11 @@ def bundles(dtype: torch.dtype, hidden: int) -> list[Ways]:
 
     return [
         {
-            f"up, {NAMED} rows: our kernel": lambda: rows.dot("up", named, x),
+            f"up, {NAMED} rows: our kernel": lambda: rows.dot("up", named.numpy(), x),
             "up: gathered, mv": lambda: torch.mv(up.index_select(0, named), x.to(dtype)),
         },
         {
-            f"down, {FIRED} rows: our kernel": lambda: rows.add("down", fired, h, out),
+            f"down, {FIRED} rows: our kernel": lambda: rows.add("down", fired.numpy(), h, out),
             "down: embedding_bag of the matrix": lambda: bag(cache.view(-1, hidden), fired * 2 + 1),
             "down: gathered, embedding_bag": lambda: bag(down.index_select(0, fired), every),
             "down: embedding_bag of a slice": lambda: bag(down, fired),

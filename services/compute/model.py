@@ -26,8 +26,7 @@ def load_model(store: Store, pipeline: Pipeline, products: Products, resident: s
     are never allocated."""
 
     def flash_ffn(layer: int) -> FlashFFN:
-        biases = {name: torch.from_numpy(b) for name, b in store.biases(layer).items()}
-        return FlashFFN(layer, store.geometry, store.activation, biases, pipeline)
+        return FlashFFN(layer, store.geometry, store.activation, store.biases(layer), pipeline)
 
     config = AutoConfig.from_pretrained(store.config_dir)
     dtype = getattr(torch, store.geometry.compute_dtype)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from common.errors import LinkError
@@ -28,14 +29,16 @@ from services.compute.products import Products
 from services.compute.rows import CacheRows
 from services.compute.waits import LayerWaits
 
+Indices = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """Neurons that can be multiplied now: ids and slots, int64 [count] each; and whether compute
     had to wait for them."""
 
-    ids: torch.Tensor
-    slots: torch.Tensor
+    ids: Indices
+    slots: Indices
     late: bool
 
 
@@ -201,5 +204,5 @@ def _within(raw: bytes | memoryview, bound: int) -> bool:
     return not len(values) or (int(values.min()) >= 0 and int(values.max()) < bound)
 
 
-def _indices(raw: bytes | memoryview) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(raw, dtype="<i4").astype(np.int64))
+def _indices(raw: bytes | memoryview) -> Indices:
+    return np.frombuffer(raw, dtype="<i4").astype(np.int64)

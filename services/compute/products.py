@@ -40,7 +40,7 @@ Take = Callable[[int, int, torch.Tensor], None]
 of, from which to which. They are overwritten when it has returned."""
 
 BLOCKS_PER_THREAD = 4
-SHARED_BYTES_MIN = 2 << 20  # what takes less time than 0.2 ms is not worth waking a thread for
+SHARED_BYTES_MIN = 6 << 20  # 0.4 ms of one thread's work: to meet another takes 0.2
 # Of a block of tokens' products: rows, or columns of them, that are float32 at a time in a thread.
 CHUNK_ROWS = 256
 CHUNK_WIDTH = 512

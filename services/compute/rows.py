@@ -26,32 +26,30 @@ class CacheRows:
         self._slot_items = geometry.stride_bytes // item
         self._place = {name: i * row // item for i, name in enumerate(geometry.parts)}
 
-    def dot(self, part: str, slots: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def dot(self, part: str, slots: Starts, x: torch.Tensor) -> torch.Tensor:
         """The products of one part of the bundles in `slots` int64 [count] with `x` float32
         [hidden]: float32 [count]."""
         return self._products.dot(self._items, self._starts(part, slots), x)
 
-    def add(self, part: str, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
+    def add(self, part: str, slots: Starts, weights: torch.Tensor, out: torch.Tensor) -> None:
         """Adds those rows, each times its weight, float32 [count], to `out` float32 [hidden]."""
         self._products.add(self._items, self._starts(part, slots), weights, out)
 
-    def dot_many(self, part: str, slots: torch.Tensor, xs: torch.Tensor) -> torch.Tensor:
+    def dot_many(self, part: str, slots: Starts, xs: torch.Tensor) -> torch.Tensor:
         """The same for a few tokens, `xs` float32 [tokens, hidden]: float32 [tokens, count]."""
         return self._products.dot_many(self._items, self._starts(part, slots), xs)
 
-    def add_many(
-        self, part: str, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
-    ) -> None:
+    def add_many(self, part: str, slots: Starts, weights: torch.Tensor, out: torch.Tensor) -> None:
         """Adds for each of a few tokens those rows, each times its weight, float32 [tokens, count],
         to `out` float32 [tokens, hidden]."""
         self._products.add_many(self._items, self._starts(part, slots), weights, out)
 
-    def dot_block(self, part: str, slots: torch.Tensor, x: torch.Tensor, take: Take) -> None:
+    def dot_block(self, part: str, slots: Starts, x: torch.Tensor, take: Take) -> None:
         """Those products for each token of `x` float32 [hidden, tokens]; some at a time they are
         given to `take`."""
         self._products.dot_block(self._items, self._starts(part, slots), x, take)
 
-    def add_block(self, part: str, slots: torch.Tensor, weights: torch.Tensor, sums: Sums) -> None:
+    def add_block(self, part: str, slots: Starts, weights: torch.Tensor, sums: Sums) -> None:
         """Adds for each token those rows, each times its weight, float32 [count, tokens]."""
         self._products.add_block(self._items, self._starts(part, slots), weights, sums)
 
@@ -63,5 +61,5 @@ class CacheRows:
         """Zeros, for `add_block`."""
         return self._products.sums(tokens, width)
 
-    def _starts(self, part: str, slots: torch.Tensor) -> Starts:
-        return slots.numpy() * self._slot_items + self._place[part]
+    def _starts(self, part: str, slots: Starts) -> Starts:
+        return slots * self._slot_items + self._place[part]

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -51,7 +52,7 @@ def decode(dtype: str, products: Products) -> dict[str, float]:
     linears = [_linear(HIDDEN, computed, products) for _ in range(RESIDENT)]
     rows, geometry = _rows(dtype, products)
     row_bytes = HIDDEN * geometry.item_bytes
-    named, fired = (torch.randperm(SLOTS)[:count].sort().values for count in (NAMED, FIRED))
+    named, fired = (torch.randperm(SLOTS)[:count].sort().values.numpy() for count in (NAMED, FIRED))
     weights, out = torch.randn(FIRED), torch.zeros(HIDDEN)
     key, value = (torch.randn(1, HEADS, TOKENS, WIDTH).to(computed) for _ in "kv")
     query = torch.randn(1, HEADS, 1, WIDTH).to(computed)
@@ -70,7 +71,7 @@ def block(dtype: str, products: Products) -> dict[str, list[float]]:
     computed = _torch(Geometry(1, 1, 1, False, dtype).compute_dtype)
     linear = _linear(BLOCK_OUT, computed, products)
     rows, geometry = _rows(dtype, products)
-    slots = torch.arange(BLOCK_OUT)
+    slots = np.arange(BLOCK_OUT)
     found: dict[str, list[float]] = {"resident": [], "ffn": []}
     for count in BLOCK_ROWS:
         x = torch.randn(count, HIDDEN)
