@@ -103,7 +103,7 @@ class _Two:
         for row in self._next:
             _ask_for(self._builder, self._builder.gep(row, [at]))
 
-    def tuple(self, totals: Any) -> Any:
+    def pair(self, totals: Any) -> Any:
         return self._context.make_tuple(self._builder, types.UniTuple(types.float32, 2), totals)
 
 
@@ -127,7 +127,7 @@ def _sums8(
                 numbers = _load(builder, builder.gep(row, [at]), _I8, PAIRS)
                 builder.store(builder.add(builder.load(total), _pairs(builder, numbers, by)), total)
         lanes = (builder.sitofp(builder.load(each), _of(_FLOAT, LANES)) for each in two.sums)
-        return two.tuple([_total(builder, each) for each in lanes])
+        return two.pair([_total(builder, each) for each in lanes])
 
     return types.UniTuple(types.float32, 2)(items, *_Two.ARGUMENTS, x, first, count), make
 
@@ -183,7 +183,7 @@ def _sums4(_: Any, items: Any, a: Any, b: Any, c: Any, d: Any, x: Any, groups: A
             add(group, 2)
         with builder.if_then(builder.trunc(odd, ir.IntType(1))):
             add(even, 1)
-        return two.tuple([_total(builder, builder.load(each)) for each in two.sums])
+        return two.pair([_total(builder, builder.load(each)) for each in two.sums])
 
     return types.UniTuple(types.float32, 2)(items, *_Two.ARGUMENTS, x, groups), make
 
