@@ -8,6 +8,7 @@ and int4 rows longer (docs/measurements.md).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from common.kernels import TILE_ROWS, compiled, real
+from common.kernels import VECTORS, compiled, real, taken
 from common.store.geometry import GROUP, SCALED
 
 LARGEST = 32767  # of the rounded vector
@@ -28,7 +29,6 @@ WORDS = GROUP // WORD
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _FLOAT = ir.FloatType()
-_FUSED = ("contract",)  # in no other order: a row comes to the same bits, whatever is beside it
 
 
 def _of(element: Any, count: int) -> Any:
@@ -85,115 +85,147 @@ def _total(builder: Any, lanes: Any) -> Any:
 
 
 class _Two:
-    """Two rows of `items`, the two that come after them, and a sum for each; what the kernels have
-    in common. While two rows are multiplied the next two are asked for: without it int8 rows came
-    from memory at two thirds of this speed, and int4 rows at half (docs/measurements.md)."""
+    """Two rows of `items`, the two that come after them, and for each of `count` vectors two sums;
+    what the kernels have in common. While two rows are multiplied the next two are asked for:
+    without it int8 rows came from memory at two thirds of this speed, and int4 rows at half
+    (docs/measurements.md)."""
 
     ARGUMENTS = (types.int64,) * 4  # where the rows begin: two, and the next two
 
-    def __init__(self, context: Any, builder: Any, items: Any, given: Any, zero: Any):
+    def __init__(self, context: Any, builder: Any, items: Any, given: Any, count: int, zero: Any):
         """`items` the array's type, `given` the array and the ARGUMENTS, `zero` of the sums."""
         self._context, self._builder = context, builder
         self.rows = [_pointer(context, builder, items, given[0], at) for at in given[1:3]]
         self._next = [_pointer(context, builder, items, given[0], at) for at in given[3:5]]
-        self.sums = [cgutils.alloca_once_value(builder, zero) for _ in self.rows]
+        self.sums = [
+            [cgutils.alloca_once_value(builder, zero) for _ in range(count)] for _ in self.rows
+        ]
 
     def ask(self, at: Any) -> None:
         """For byte `at` of the next two."""
         for row in self._next:
             _ask_for(self._builder, self._builder.gep(row, [at]))
 
-    def pair(self, totals: Any) -> Any:
-        return self._context.make_tuple(self._builder, types.UniTuple(types.float32, 2), totals)
-
-
-def _sums8(
-    _: Any, items: Any, a: Any, b: Any, c: Any, d: Any, x: Any, first: Any, count: Any
-) -> Any:
-    """Of the int8 rows at `a` and `b` the numbers from `first` on, `count`, a multiple of PAIRS and
-    at most CHUNK, times those of `x`, int16: two float32. The rows at `c` and `d` come next."""
-
-    def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        two = _Two(context, builder, signature.args[0], given, _every(_I32, LANES, 0))
-        x, first, count = given[5:]
-        vector = _pointer(context, builder, signature.args[5], x, _number(0))
-        with cgutils.for_range_slice(builder, first, builder.add(first, count), _number(PAIRS)) as (
-            at,
-            _,
-        ):
-            by = _load(builder, builder.gep(vector, [at]), _I16, PAIRS)
-            two.ask(at)
-            for row, total in zip(two.rows, two.sums, strict=True):
-                numbers = _load(builder, builder.gep(row, [at]), _I8, PAIRS)
-                builder.store(builder.add(builder.load(total), _pairs(builder, numbers, by)), total)
-        lanes = (builder.sitofp(builder.load(each), _of(_FLOAT, LANES)) for each in two.sums)
-        return two.pair([_total(builder, each) for each in lanes])
-
-    return types.UniTuple(types.float32, 2)(items, *_Two.ARGUMENTS, x, first, count), make
-
-
-def _sums4(_: Any, items: Any, a: Any, b: Any, c: Any, d: Any, x: Any, groups: Any) -> Any:
-    """The numbers of the int4 rows at `a` and `b`, each times its group's scale, times `x`, int16
-    by words (`_by_words`): two float32. The rows at `c` and `d` come next.
-
-    Two groups' numbers lie in PAIRS words. A shift and a mask make int16 of them that are
-    multiplied as they are; a group's products are the half of the lanes that takes its scale."""
-
-    def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        two = _Two(context, builder, signature.args[0], given, _every(_FLOAT, LANES, 0.0))
-        x, groups = given[5:]
-        vector = _pointer(context, builder, signature.args[5], x, _number(0))
-        ends = builder.mul(groups, _number(GROUP // 2))
-        scales = [
-            builder.bitcast(builder.gep(row, [ends]), ir.HalfType().as_pointer())
-            for row in two.rows
+    def totals(self, wide: Callable[[Any], Any]) -> Any:
+        """float32 [rows × vectors], of each sum made float32 by `wide`."""
+        found = [
+            _total(self._builder, wide(self._builder.load(each)))
+            for sums in self.sums
+            for each in sums
         ]
+        kind = types.UniTuple(types.float32, len(found))
+        return self._context.make_tuple(self._builder, kind, found)
 
-        def add(group: Any, count: int) -> None:
-            """`count` groups, two or one, from `group` on."""
-            lanes = LANES // 2 * count
-            at = builder.mul(group, _number(GROUP // 2))
-            by = builder.gep(vector, [builder.mul(group, _number(GROUP))])
-            parts = [
-                _load(builder, builder.gep(by, [_number(j * 2 * lanes)]), _I16, 2 * lanes)
-                for j in range(WORD)
-            ]
-            two.ask(at)
-            for row, scale, total in zip(two.rows, scales, two.sums, strict=True):
-                words = _load(builder, builder.gep(row, [at]), _I16, 2 * lanes)
+
+def _vectors(context: Any, builder: Any, kind: Any, xs: Any, first: Any, count: int) -> list[Any]:
+    """To `count` vectors of `xs` [vectors, width], from `first` on."""
+    width = builder.extract_value(context.make_array(kind)(context, builder, xs).shape, 1)
+    places = [builder.add(first, _number(i)) for i in range(count)]
+    return [_pointer(context, builder, kind, xs, builder.mul(at, width)) for at in places]
+
+
+def _sums8(count: int) -> Any:
+    def make_for(
+        _: Any, items: Any, a: Any, b: Any, c: Any, d: Any, xs: Any, v: Any, first: Any, size: Any
+    ) -> Any:
+        """Of the int8 rows at `a` and `b` the numbers from `first` on, `size`, a multiple of PAIRS
+        and at most CHUNK, times those of `count` of `xs`, int16, from vector `v` on: float32,
+        those of `a` first. The rows at `c` and `d` come next."""
+
+        def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            two = _Two(context, builder, items, given, count, _every(_I32, LANES, 0))
+            xs, v, first, size = given[5:]
+            vectors = _vectors(context, builder, signature.args[5], xs, v, count)
+            end = builder.add(first, size)
+            with cgutils.for_range_slice(builder, first, end, _number(PAIRS)) as (at, _):
+                two.ask(at)
+                numbers = [_load(builder, builder.gep(row, [at]), _I8, PAIRS) for row in two.rows]
+                for i, vector in enumerate(vectors):
+                    by = _load(builder, builder.gep(vector, [at]), _I16, PAIRS)
+                    for some, sums in zip(numbers, two.sums, strict=True):
+                        added = builder.add(builder.load(sums[i]), _pairs(builder, some, by))
+                        builder.store(added, sums[i])
+            return two.totals(lambda lanes: builder.sitofp(lanes, _of(_FLOAT, LANES)))
+
+        given = (items, *_Two.ARGUMENTS, xs, types.int64, types.int64, types.int64)
+        return types.UniTuple(types.float32, 2 * count)(*given), make
+
+    return make_for
+
+
+def _sums4(count: int) -> Any:
+    def make_for(
+        _: Any, items: Any, a: Any, b: Any, c: Any, d: Any, xs: Any, v: Any, groups: Any
+    ) -> Any:
+        """The numbers of the int4 rows at `a` and `b`, each times its group's scale, times `count`
+        of `xs`, int16 by words (`_by_words`), from vector `v` on: float32, those of `a` first. The
+        rows at `c` and `d` come next.
+
+        Two groups' numbers lie in PAIRS words. A shift and a mask make int16 of them that are
+        multiplied as they are; a group's products are the half of the lanes that takes its
+        scale."""
+
+        def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            two = _Two(context, builder, items, given, count, _every(_FLOAT, LANES, 0.0))
+            xs, v, groups = given[5:]
+            vectors = _vectors(context, builder, signature.args[5], xs, v, count)
+            _add_groups(builder, two, vectors, groups)
+            return two.totals(lambda lanes: lanes)
+
+        given = (items, *_Two.ARGUMENTS, xs, types.int64, types.int64)
+        return types.UniTuple(types.float32, 2 * count)(*given), make
+
+    return make_for
+
+
+def _add_groups(builder: Any, two: _Two, vectors: list[Any], groups: Any) -> None:
+    """To the sums of `two` those of all groups: two at a time, and one that is left."""
+    ends = builder.mul(groups, _number(GROUP // 2))
+    half = ir.HalfType()
+    scales = [builder.bitcast(builder.gep(row, [ends]), half.as_pointer()) for row in two.rows]
+
+    def add(group: Any, count: int) -> None:
+        lanes = LANES // 2 * count
+        at = builder.mul(group, _number(GROUP // 2))
+        two.ask(at)
+        for row, scale, sums in zip(two.rows, scales, two.sums, strict=True):
+            words = _load(builder, builder.gep(row, [at]), _I16, 2 * lanes)
+            shifted = [builder.lshr(words, _every(_I16, 2 * lanes, 4 * j)) for j in range(WORD)]
+            numbers = [builder.and_(each, _every(_I16, 2 * lanes, 15)) for each in shifted]
+            halves = _load(builder, builder.gep(scale, [group]), half, count)
+            each = builder.fpext(halves, _of(_FLOAT, count))
+            each = _pick(builder, each, [lane // 4 for lane in range(lanes)])
+            for vector, total in zip(vectors, sums, strict=True):
+                by = builder.gep(vector, [builder.mul(group, _number(GROUP))])
                 products = _every(_I32, lanes, 0)
-                for j, part in enumerate(parts):
-                    shifted = builder.lshr(words, _every(_I16, 2 * lanes, 4 * j))
-                    numbers = builder.and_(shifted, _every(_I16, 2 * lanes, 15))
-                    products = builder.add(products, _pairs(builder, numbers, part))
-                halves = _load(builder, builder.gep(scale, [group]), ir.HalfType(), count)
-                each = builder.fpext(halves, _of(_FLOAT, count))
-                each = _pick(builder, each, [lane // 4 for lane in range(lanes)])
-                wide = builder.sitofp(products, _of(_FLOAT, lanes))
-                scaled = builder.fmul(wide, each, flags=_FUSED)
+                for j, some in enumerate(numbers):
+                    part = _load(
+                        builder, builder.gep(by, [_number(j * 2 * lanes)]), _I16, 2 * lanes
+                    )
+                    products = builder.add(products, _pairs(builder, some, part))
+                scaled = builder.fmul(builder.sitofp(products, _of(_FLOAT, lanes)), each)
                 if lanes < LANES:
-                    rest = _every(_FLOAT, lanes, 0.0)
                     places = ir.Constant(_of(_I32, LANES), list(range(LANES)))
+                    rest = _every(_FLOAT, lanes, 0.0)
                     scaled = builder.shuffle_vector(scaled, rest, places)
-                builder.store(builder.fadd(builder.load(total), scaled, flags=_FUSED), total)
+                builder.store(builder.fadd(builder.load(total), scaled), total)
 
-        odd = builder.and_(groups, _number(1))
-        even = builder.sub(groups, odd)
-        with cgutils.for_range_slice(builder, _number(0), even, _number(2)) as (group, _):
-            add(group, 2)
-        with builder.if_then(builder.trunc(odd, ir.IntType(1))):
-            add(even, 1)
-        return two.pair([_total(builder, builder.load(each)) for each in two.sums])
-
-    return types.UniTuple(types.float32, 2)(items, *_Two.ARGUMENTS, x, groups), make
+    odd = builder.and_(groups, _number(1))
+    even = builder.sub(groups, odd)
+    with cgutils.for_range_slice(builder, _number(0), even, _number(2)) as (group, _):
+        add(group, 2)
+    with builder.if_then(builder.trunc(odd, ir.IntType(1))):
+        add(even, 1)
 
 
-sums8: Any = intrinsic(_sums8)
-sums4: Any = intrinsic(_sums4)
+_one8: Any = intrinsic(_sums8(1))
+_four8: Any = intrinsic(_sums8(VECTORS))
+_one4: Any = intrinsic(_sums4(1))
+_four4: Any = intrinsic(_sums4(VECTORS))
 
 
 @compiled
-def _rounded(x: Any, out: Any) -> Any:
+def round_at(x: Any, out: Any) -> Any:
     """Fills int16 `out` with the nearest to x ÷ what it returns: NaN where x has one, or an inf."""
     largest, spoilt = np.float32(0), np.float32(0)
     for k in range(x.shape[0]):
@@ -204,6 +236,28 @@ def _rounded(x: Any, out: Any) -> Any:
     for k in range(x.shape[0]):
         out[k] = np.int16(np.rint(x[k] * inverse)) if inverse > 0 else np.int16(0)
     return scale + spoilt
+
+
+@compiled
+def round8(xs: Any, numbers: Any, scales: Any) -> None:
+    """Rounds vectors as `dot8_at` takes them: `xs` float32 and `numbers` int16 [vectors, width],
+    `scales` float32 [vectors]."""
+    for v in range(xs.shape[0]):
+        scales[v] = round_at(xs[v], numbers[v])
+
+
+@compiled
+def round4(xs: Any, numbers: Any, scales: Any, sums: Any) -> None:
+    """The same as `dot4_at` takes them; `sums` float32 [vectors, groups]."""
+    rounded = np.empty(xs.shape[1], np.int16)
+    for v in range(xs.shape[0]):
+        scales[v] = round_at(xs[v], rounded)
+        _by_words(rounded, numbers[v])
+        for g in range(sums.shape[1]):
+            total = np.float32(0)
+            for k in range(g * GROUP, (g + 1) * GROUP):
+                total += np.float32(rounded[k])
+            sums[v, g] = total
 
 
 @compiled
@@ -220,36 +274,57 @@ def _low_bits(eight: Any) -> Any:
 
 
 @compiled
-def dot8_at(items: Any, starts: Any, x: Any, out: Any) -> None:
-    """`dot_at` of int8 rows, times their scales."""
-    width, last = x.shape[0], starts.shape[0] - 1
-    rounded = np.empty(width, np.int16)
-    scale = _rounded(x, rounded)
-    for i in range(0, last + 1, 2):
-        j, k, m = min(i + 1, last), min(i + 2, last), min(i + 3, last)
+def dot8_at(
+    items: Any, starts: Any, numbers: Any, scales: Any, first: int, end: int, out: Any
+) -> None:
+    """For i from `first` to `end`, out[v, i] = (the int8 row that begins at starts[i]) · vector v,
+    rounded by `round8`. To the same bits whatever vectors and rows are beside it."""
+    vectors, width = numbers.shape
+    fours, last = vectors - vectors % VECTORS, starts.shape[0] - 1
+    for i in range(first, end, 2):
+        j, k, m = min(i + 1, end - 1), min(i + 2, last), min(i + 3, last)
         a, b, c, d = starts[i], starts[j], starts[k], starts[m]
-        p, q = np.float32(0), np.float32(0)
-        for first in range(0, width, CHUNK):
-            one, other = sums8(items, a, b, c, d, rounded, first, min(CHUNK, width - first))
-            p, q = p + one, q + other
-        out[i], out[j] = p * (scale * scale_at(items, a)), q * (scale * scale_at(items, b))
+        of_a, of_b = scale_at(items, a), scale_at(items, b)
+        for v in range(0, fours, VECTORS):
+            p, q, r, s = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            t, u, w, x = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for at in range(0, width, CHUNK):
+                size = min(CHUNK, width - at)
+                made = _four8(items, a, b, c, d, numbers, v, at, size)
+                p, q, r, s = p + made[0], q + made[1], r + made[2], s + made[3]
+                t, u, w, x = t + made[4], u + made[5], w + made[6], x + made[7]
+            for n, of_row_a, of_row_b in ((0, p, t), (1, q, u), (2, r, w), (3, s, x)):
+                out[v + n, i] = of_row_a * (scales[v + n] * of_a)
+                out[v + n, j] = of_row_b * (scales[v + n] * of_b)
+        for v in range(fours, vectors):
+            p, t = np.float32(0), np.float32(0)
+            for at in range(0, width, CHUNK):
+                made = _one8(items, a, b, c, d, numbers, v, at, min(CHUNK, width - at))
+                p, t = p + made[0], t + made[1]
+            out[v, i], out[v, j] = p * (scales[v] * of_a), t * (scales[v] * of_b)
 
 
 @compiled
-def dot4_at(items: Any, starts: Any, x: Any, out: Any) -> None:
-    """`dot_at` of int4 rows."""
-    groups, last = x.shape[0] // GROUP, starts.shape[0] - 1
-    rounded, sums = np.empty((2, x.shape[0]), np.int16), np.zeros(groups, np.float32)
-    scale = _rounded(x, rounded[0])
-    _by_words(rounded[0], rounded[1])
-    for g in range(groups):
-        for k in range(GROUP):
-            sums[g] += np.float32(rounded[0, g * GROUP + k])
-    for i in range(0, last + 1, 2):
-        j, k, m = min(i + 1, last), min(i + 2, last), min(i + 3, last)
+def dot4_at(
+    items: Any, starts: Any, numbers: Any, scales: Any, sums: Any, first: int, end: int, out: Any
+) -> None:
+    """The same of int4 rows, and of vectors rounded by `round4`."""
+    vectors, groups = sums.shape
+    fours, last = vectors - vectors % VECTORS, starts.shape[0] - 1
+    for i in range(first, end, 2):
+        j, k, m = min(i + 1, end - 1), min(i + 2, last), min(i + 3, last)
         a, b, c, d = starts[i], starts[j], starts[k], starts[m]
-        p, q = sums4(items, a, b, c, d, rounded[1], groups)
-        out[i], out[j] = (p + _least(items, a, sums)) * scale, (q + _least(items, b, sums)) * scale
+        for v in range(0, fours, VECTORS):
+            made = _four4(items, a, b, c, d, numbers, v, groups)
+            for n in range(VECTORS):
+                out[v + n, i], out[v + n, j] = made[n], made[VECTORS + n]
+        for v in range(fours, vectors):
+            made_one = _one4(items, a, b, c, d, numbers, v, groups)
+            out[v, i], out[v, j] = made_one[0], made_one[1]
+        for v in range(vectors):
+            out[v, i] = (out[v, i] + _least(items, a, sums[v])) * scales[v]
+            if j != i:
+                out[v, j] = (out[v, j] + _least(items, b, sums[v])) * scales[v]
 
 
 @compiled
@@ -280,19 +355,33 @@ def _least(items: Any, start: Any, sums: Any) -> Any:
 
 
 @compiled
-def dot4_many_at(items: Any, starts: Any, xs: Any, begin: int, stop: int, out: Any) -> None:
-    """`dot_many_at` of int4 rows: some of them for one vector after another, while they are in a
-    core's cache."""
-    for first in range(begin, stop, TILE_ROWS):
-        end = min(first + TILE_ROWS, stop)
-        for b in range(xs.shape[0]):
-            dot4_at(items, starts[first:end], xs[b], out[b, first:end])
+def dot8_turns(
+    items: Any, starts: Any, numbers: Any, scales: Any, turns: Any, step: int, out: Any
+) -> None:
+    """`dot8_at` for all rows, by all threads that call it: see `dot_turns`."""
+    count = starts.shape[0]
+    while True:
+        first = taken(turns, step)
+        if first >= count:
+            return
+        dot8_at(items, starts, numbers, scales, first, min(first + step, count), out)
 
 
 @compiled
-def dot8_many_at(items: Any, starts: Any, xs: Any, begin: int, stop: int, out: Any) -> None:
-    """The same of int8 rows."""
-    for first in range(begin, stop, TILE_ROWS):
-        end = min(first + TILE_ROWS, stop)
-        for b in range(xs.shape[0]):
-            dot8_at(items, starts[first:end], xs[b], out[b, first:end])
+def dot4_turns(
+    items: Any,
+    starts: Any,
+    numbers: Any,
+    scales: Any,
+    sums: Any,
+    turns: Any,
+    step: int,
+    out: Any,
+) -> None:
+    """`dot4_at` for all rows, by all threads that call it: see `dot_turns`."""
+    count = starts.shape[0]
+    while True:
+        first = taken(turns, step)
+        if first >= count:
+            return
+        dot4_at(items, starts, numbers, scales, sums, first, min(first + step, count), out)

@@ -57,7 +57,18 @@ def _real(_: Any, bits: Any) -> Any:
     return types.float32(bits), make
 
 
+def _taken(_: Any, turns: Any, step: Any) -> Any:
+    """The first of the next `step` items, by a count that threads share, int64 [1]."""
+
+    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        count = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", count, arguments[1], "monotonic")
+
+    return types.int64(turns, types.int64), make
+
+
 real: Any = intrinsic(_real)
+taken: Any = intrinsic(_taken)
 
 
 @functools.lru_cache(maxsize=64)
@@ -147,27 +158,58 @@ def add_at(items: Any, starts: Any, weights: Any, out: Any) -> None:
 
 
 @compiled
-def add_many_at(items: Any, starts: Any, weights: Any, out: Any) -> None:
-    """For each vector b, out[b] += Σ weights[b, i] × (row i), as `add_at` has it, to the bit, for
-    those of the rows whose weight is not 0.
+def dot_turns(items: Any, starts: Any, xs: Any, turns: Any, step: int, out: Any) -> None:
+    """out[b, i] = (the row that begins at starts[i]) · xs[b], by all threads that call it: each
+    takes `step` rows at a time, until none is left. `turns` int64 [1], 0 at first, theirs; `xs`
+    float32 [vectors, width], one or a multiple of VECTORS; `out` float32 [vectors, rows]."""
+    count = starts.shape[0]
+    while True:
+        first = taken(turns, step)
+        if first >= count:
+            return
+        end = min(first + step, count)
+        if xs.shape[0] == 1:
+            dot_at(items, starts[first:end], xs[0], out[0, first:end])
+        else:
+            dot_many_at(items, starts, xs, first, end, out)
 
-    `weights` float32 [vectors, rows]; `out` float32 [vectors, width], contiguous.
-    """
-    vectors, count = weights.shape
-    places, values, ends = chosen(starts, weights)
-    done = np.zeros(vectors, np.int64)
-    for tile in range(0, count, TILE_ROWS):
-        for b in range(vectors):
-            end = end_of(ends[b], done[b], tile, count)
-            add_at(items, places[b, done[b] : end], values[b, done[b] : end], out[b])
-            done[b] = end
+
+@compiled
+def add_turns(items: Any, starts: Any, weights: Any, turns: Any, step: int, out: Any) -> None:
+    """`add_at` by all threads that call it: each takes `step` numbers of the width at a time."""
+    width = out.shape[0]
+    while True:
+        first = taken(turns, step)
+        if first >= width:
+            return
+        add_at(items, starts + first, weights, out[first : min(first + step, width)])
+
+
+@compiled
+def add_many_turns(
+    items: Any, places: Any, values: Any, ends: Any, turns: Any, step: int, out: Any
+) -> None:
+    """For each vector b, out[b] += Σ its weights × its rows, by what `chosen` found of them, as
+    `add_at` has it, to the bit, by all threads that call it. `out` float32 [vectors, width]."""
+    width = out.shape[1]
+    while True:
+        first = taken(turns, step)
+        if first >= width:
+            return
+        end = min(first + step, width)
+        done = np.zeros(len(places), np.int64)
+        for tile in range(ends.shape[1]):
+            for b in range(len(places)):
+                some = slice(done[b], end_of(ends[b], done[b], tile))
+                add_at(items, places[b, some] + first, values[b, some], out[b, first:end])
+                done[b] = some.stop
 
 
 @compiled
 def chosen(starts: Any, weights: Any) -> Any:
     """Of each vector the rows whose weight is not 0, in order: where they begin and their weights,
     [vectors, rows], filled from the front; and how many are among the first rows up to and with
-    each tile's last, [vectors, tiles]."""
+    each tile's last, [vectors, tiles]. `weights` float32 [vectors, rows]."""
     vectors, count = weights.shape
     tiles = -(-count // TILE_ROWS)
     places, values = np.empty((vectors, count), np.int64), np.empty((vectors, count), np.float32)
@@ -183,11 +225,11 @@ def chosen(starts: Any, weights: Any) -> Any:
 
 
 @compiled
-def end_of(ends: Any, done: int, tile: int, count: int) -> Any:
-    """How far a vector's rows go in the tile that begins at `tile`: in whole fours, as `add_at`
-    takes them, but for the last tile."""
-    end = ends[tile // TILE_ROWS]
-    return end if tile + TILE_ROWS >= count else end - (end - done) % 4
+def end_of(ends: Any, done: int, tile: int) -> Any:
+    """How far a vector's rows go in a tile: in whole fours, as `add_at` takes them, but for the
+    last tile."""
+    end = ends[tile]
+    return end if tile == len(ends) - 1 else end - (end - done) % 4
 
 
 @compiled
@@ -274,18 +316,18 @@ def mix(weights: Any, values: Any, room: int, out: Any) -> None:
 
 def compile_for(*dtypes: str) -> None:
     """Compiles the kernels for rows of `dtypes`, so that no token waits for it."""
-    starts, wide = row_starts(1, 1), np.zeros((1, 1), np.float32)
+    starts, wide, turns = row_starts(1, 1), np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
     many = np.zeros((VECTORS, 1), np.float32)
     begins, places = np.zeros(2, np.int64), np.zeros(1, np.int64)
     count_fired_at(wide, begins)
     list_fired_at(wide, begins, places, wide[0])
     add_fired_at(wide, begins, places, wide[0], wide)
+    few = chosen(starts, wide)
     for dtype in dtypes:
         items = np.zeros(1, BITS[dtype])
-        dot_at(items, starts, wide[0], wide[0])
-        dot_many_at(items, starts, many, 0, 1, many)
-        add_at(items, starts, wide[0], wide[0])
-        add_many_at(items, starts, wide, wide)
+        dot_turns(items, starts, many, turns, 1, many)
+        add_turns(items, starts, wide[0], turns, 1, wide[0])
+        add_many_turns(items, *few, turns, 1, wide)
         widen_at(items, starts, wide)
         score(wide, items, 1, wide)
         mix(wide, items, 1, wide)

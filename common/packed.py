@@ -25,19 +25,18 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from common.integer_dot import dot4_at, dot4_many_at, dot8_at, dot8_many_at, scale_at
+from common.integer_dot import dot4_turns, dot8_turns, round4, round8, scale_at
 from common.kernels import (
     BITS,
-    TILE_ROWS,
     VECTORS,
-    add_at,
-    add_many_at,
+    add_many_turns,
+    add_turns,
     chosen,
     compiled,
-    dot_at,
-    dot_many_at,
+    dot_turns,
     end_of,
     real,
+    taken,
     widen_at,
 )
 from common.store.geometry import GROUP, SCALED, row_bytes
@@ -45,6 +44,8 @@ from common.store.geometry import GROUP, SCALED, row_bytes
 Bits = npt.NDArray[Any]
 Starts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
+Vectors = tuple[npt.NDArray[Any], ...]
+Chosen = tuple[npt.NDArray[Any], ...]
 
 HALF = GROUP // 2
 # How far below its extremes a group's range may end: cutting the two off can cost less than it
@@ -117,17 +118,37 @@ def _add4_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out:
 
 
 @compiled
-def _add4_many_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out: Any) -> None:
-    """`add_many_at` of int4 rows of `width` numbers, from number `begin`, the first of a group."""
-    vectors, count = weights.shape
-    places, values, ends = chosen(starts, weights)
-    done = np.zeros(vectors, np.int64)
-    for tile in range(0, count, TILE_ROWS):
-        for b in range(vectors):
-            end = end_of(ends[b], done[b], tile, count)
-            some = places[b, done[b] : end], values[b, done[b] : end]
-            _add4_at(items, some[0], some[1], width, begin, out[b])
-            done[b] = end
+def _add4_turns(
+    items: Any, starts: Any, weights: Any, every: int, turns: Any, step: int, out: Any
+) -> None:
+    """`add_turns` of int4 rows of `every` numbers; `step` is a multiple of GROUP."""
+    width = out.shape[0]
+    while True:
+        first = taken(turns, step)
+        if first >= width:
+            return
+        end = min(first + step, width)
+        _add4_at(items, starts, weights, every, first, out[first:end])
+
+
+@compiled
+def _add4_many_turns(
+    items: Any, places: Any, values: Any, ends: Any, every: int, turns: Any, step: int, out: Any
+) -> None:
+    """`add_many_turns` of the same."""
+    width = out.shape[1]
+    while True:
+        first = taken(turns, step)
+        if first >= width:
+            return
+        end = min(first + step, width)
+        done = np.zeros(len(places), np.int64)
+        for tile in range(ends.shape[1]):
+            for b in range(len(places)):
+                some = slice(done[b], end_of(ends[b], done[b], tile))
+                part = out[b, first:end]
+                _add4_at(items, places[b, some], values[b, some], every, first, part)
+                done[b] = some.stop
 
 
 @compiled
@@ -235,16 +256,32 @@ def pack_rows(rows: Floats, items: Bits, starts: Starts) -> None:
     (_pack4_at if items.dtype == np.uint8 else _pack8_at)(rows, items, starts)
 
 
-def dot_rows(items: Bits, starts: Starts, x: Floats, out: Floats) -> None:
-    """`dot_at` of rows of any number format; of packed ones by x rounded to int16."""
-    multiply = {np.dtype(np.uint8): dot4_at, np.dtype(np.int8): dot8_at}.get(items.dtype, dot_at)
-    multiply(items, starts, x, out)
+def vectors_for(items: Bits, xs: Floats) -> Vectors:
+    """Vectors `xs` [vectors, width] as `dot_rows` takes them: for packed rows rounded to int16, for
+    others as they are; their number may be brought to a multiple of VECTORS."""
+    (few, width), groups = xs.shape, xs.shape[1] // GROUP
+    if items.dtype in (np.int8, np.uint8):
+        numbers, scales = np.empty((few, width), np.int16), np.empty(few, np.float32)
+        if items.dtype == np.int8:
+            round8(xs, numbers, scales)
+            return numbers, scales
+        sums = np.empty((few, groups), np.float32)
+        round4(xs, numbers, scales, sums)
+        return numbers, scales, sums
+    if few == 1 or few % VECTORS == 0:
+        return (xs,)
+    padded = np.zeros((-(-few // VECTORS) * VECTORS, width), np.float32)
+    padded[:few] = xs
+    return (padded,)
 
 
-def dot_many(items: Bits, starts: Starts, xs: Floats, first: int, end: int, out: Floats) -> None:
-    """`dot_many_at` of rows of any number format. For each vector the result of `dot_rows`."""
-    formats = {np.dtype(np.uint8): dot4_many_at, np.dtype(np.int8): dot8_many_at}
-    formats.get(items.dtype, dot_many_at)(items, starts, xs, first, end, out)
+def dot_rows(
+    items: Bits, starts: Starts, vectors: Vectors, turns: Starts, step: int, out: Floats
+) -> None:
+    """`dot_turns` of rows of any number format. What a vector comes to does not depend, to the bit,
+    on those beside it."""
+    formats = {np.dtype(np.uint8): dot4_turns, np.dtype(np.int8): dot8_turns}
+    formats.get(items.dtype, dot_turns)(items, starts, *vectors, turns, step, out)
 
 
 def scales_of(items: Bits, starts: Starts) -> Floats:
@@ -255,26 +292,23 @@ def scales_of(items: Bits, starts: Starts) -> Floats:
 
 
 def add_rows(
-    items: Bits, starts: Starts, weights: Floats, width: int, begin: int, out: Floats
+    items: Bits, starts: Starts, weights: Floats, turns: Starts, step: int, out: Floats
 ) -> None:
-    """out += Σ weights[i] × (row i, from its number `begin`), of any format. Rows have `width`
-    numbers; weights of int8 rows have their scales in them; `begin` is a multiple of GROUP."""
+    """`add_turns` of rows of any number format, as wide as `out`. Weights of int8 rows have their
+    scales in them; `step` is a multiple of GROUP."""
     if items.dtype == np.uint8:
-        _add4_at(items, starts, weights, width, begin, out)
+        _add4_turns(items, starts, weights, len(out), turns, step, out)
     else:
-        add_at(items, starts + begin, weights, out)
+        add_turns(items, starts, weights, turns, step, out)
 
 
-def add_many(
-    items: Bits, starts: Starts, weights: Floats, width: int, begin: int, out: Floats
-) -> None:
-    """`add_many_at` of rows of any format, else as `add_rows`: `weights` float32 [vectors, rows],
-    `out` float32 [vectors, width], contiguous. For each vector the result of `add_rows` with the
-    rows whose weight is not 0."""
+def add_many(items: Bits, few: Chosen, turns: Starts, step: int, out: Floats) -> None:
+    """`add_many_turns` of the same: `out` [vectors, width]. For each vector the result of
+    `add_rows` with the rows whose weight is not 0, `few` of `chosen`."""
     if items.dtype == np.uint8:
-        _add4_many_at(items, starts, weights, width, begin, out)
+        _add4_many_turns(items, *few, out.shape[1], turns, step, out)
     else:
-        add_many_at(items, starts + begin, weights, out)
+        add_many_turns(items, *few, turns, step, out)
 
 
 def widen_rows(items: Bits, starts: Starts, width: int, begin: int, out: Floats) -> None:
@@ -308,12 +342,15 @@ def unpacked(raw: npt.NDArray[np.uint8], number_format: str, width: int) -> Floa
 
 def compile_packed() -> None:
     """Compiles what a server takes of packed rows, so that no token waits for it."""
-    starts, wide = np.zeros(1, np.int64), np.zeros((1, GROUP), np.float32)
-    many = np.zeros((VECTORS, GROUP), np.float32)
+    starts, wide, turns = (
+        np.zeros(1, np.int64),
+        np.zeros((1, GROUP), np.float32),
+        np.zeros(1, np.int64),
+    )
+    few = chosen(starts, wide[:, :1].copy())
     for number_format in ("int8", "int4"):
         items = np.zeros(row_bytes("int4", GROUP) * 2, np.uint8).view(BITS[number_format])
-        dot_rows(items, starts, wide[0], wide[0, :1])
-        dot_many(items, starts, many, 0, 1, np.zeros((VECTORS, 1), np.float32))
-        add_rows(items, starts, wide[0, :1], GROUP, 0, wide[0])
-        add_many(items, starts, np.zeros((1, 1), np.float32), GROUP, 0, wide)
+        dot_rows(items, starts, vectors_for(items, wide), turns, 1, wide[:, :1].copy())
+        add_rows(items, starts, wide[0, :1], turns, GROUP, wide[0])
+        add_many(items, few, turns, GROUP, wide)
         widen_rows(items, starts, GROUP, 0, wide)

@@ -51,7 +51,7 @@ class FlashFFN(nn.Module):
         rows = x.reshape(-1, self.hidden)
         if len(rows) == 1:
             out = self._one(rows)
-        elif self.pipeline.shared:
+        elif self.pipeline.shared or len(rows) <= self.pipeline.rows.few:
             out = self._few(rows)
         else:
             out = self._block(rows)

@@ -20,7 +20,7 @@ from common.packed import scales_of
 from common.store.geometry import DTYPE_BYTES, row_bytes
 from common.store.store import forget_pages
 from common.store.tensors import Tensor, read_exactly, to_float32
-from services.compute.products import Bits, Products, Starts, bits_of
+from services.compute.products import Bits, Products, Starts, bits_of, few_at_most
 
 PROBE_TURNS = 7
 CHUNK_ROWS = 512  # of a matrix that are read and packed at a time
@@ -48,12 +48,11 @@ class RowLinear(nn.Module):
         self._made: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., outputs] of `x` [..., inputs]."""
+        """[..., outputs] of `x` [..., tokens of a sequence, inputs], or of one token [inputs]."""
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) > 1 and x.shape[-2] > 1:
+        if x.dim() > 1 and x.shape[-2] > few_at_most(self.rows.items):
             return self._block(x, rows).view(*x.shape[:-1], -1)
-        # A token, or a token of each of a few sequences.
-        out = self._one(x, rows[0].float()) if len(rows) == 1 else self._few(rows.float())
+        out = self._few(x, rows.float())  # of one sequence, or a token of each of some
         if self.bias is not None:
             out += self.bias
         return out.to(x.dtype).view(*x.shape[:-1], -1)
@@ -63,28 +62,24 @@ class RowLinear(nn.Module):
         self._eight = int8_of(self.rows)
 
     def lead(self, others: list[RowLinear]) -> None:
-        """`others` will be given the same input after this module: a token's products with theirs
-        are made with this one's, so that the threads meet once, and a block is laid out once."""
+        """`others` will be given the same input after this module: a few tokens' products with
+        theirs are made with this one's, so that the threads meet once, and a block is laid out
+        once."""
         self._others = others
 
-    def _one(self, x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    def _few(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         made, self._made = self._made, None
         if made is not None and made[0] is x:
             return made[1]
         if self._eight is not None:
-            return by_torch(row[None], *self._eight)[0]
+            return by_torch(rows, *self._eight)
         all_of_us = [self, *(other for other in self._others if other._eight is None)]
         out, *more = self._products.dot_each(
-            [(m.rows.items, m.rows.starts) for m in all_of_us], row
+            [(m.rows.items, m.rows.starts) for m in all_of_us], rows
         )
         for other, its in zip(all_of_us[1:], more, strict=True):
             other._made = x, its
         return out
-
-    def _few(self, rows: torch.Tensor) -> torch.Tensor:
-        if self._eight is not None:
-            return by_torch(rows, *self._eight)
-        return self._products.dot_many(self.rows.items, self.rows.starts, rows)
 
     def _block(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         made, self._made = self._made, None

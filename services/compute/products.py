@@ -20,18 +20,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.kernels import BITS, VECTORS, add_fired_at, count_fired_at, list_fired_at
+from common.kernels import BITS, add_fired_at, chosen, count_fired_at, list_fired_at
 from common.packed import (
     add_many,
     add_rows,
-    dot_many,
     dot_rows,
     pack_rows,
     scales_of,
+    vectors_for,
     widen_rows,
 )
 from common.store.geometry import GROUP
-from services.compute.team import Team
+from services.compute.team import Team, Work
 
 Bits = npt.NDArray[Any]
 Starts = npt.NDArray[np.int64]
@@ -41,6 +41,9 @@ of, from which to which. They are overwritten when it has returned."""
 
 BLOCKS_PER_THREAD = 4
 SHARED_BYTES_MIN = 6 << 20  # 0.4 ms of one thread's work: to meet another takes 0.2
+# To widen rows for one large product takes as long as to multiply them with so many tokens, row by
+# row (docs/measurements.md).
+FEW, FEW_PACKED = 8, 32
 # Of a block of tokens' products: rows, or columns of them, that are float32 at a time in a thread.
 CHUNK_ROWS = 256
 CHUNK_WIDTH = 512
@@ -78,52 +81,40 @@ class Products:
 
     def dot(self, items: Bits, starts: Starts, x: torch.Tensor) -> torch.Tensor:
         """The product of each row with `x` float32 [width]: float32 [rows]."""
-        return self.dot_each([(items, starts)], x)[0]
+        return self.dot_each([(items, starts)], x[None])[0][0]
 
     def dot_each(
-        self, matrices: Sequence[tuple[Bits, Starts]], x: torch.Tensor
+        self, matrices: Sequence[tuple[Bits, Starts]], xs: torch.Tensor
     ) -> list[torch.Tensor]:
-        """The same of each of a few matrices' rows: the threads meet once for all of them."""
-        vector = x.numpy()
-        outs = [np.empty(len(starts), np.float32) for _, starts in matrices]
-        count = sum(map(len, outs))
-        size = sum(len(starts) * len(vector) * items.itemsize for items, starts in matrices)
+        """Of each of a few matrices the product of each row with each of a few vectors, `xs`
+        float32 [vectors, width]: float32 [vectors, rows]. The threads meet once for all. What a
+        vector comes to does not depend on those beside it, to the bit."""
+        few, width = xs.shape
+        vectors = {items.dtype: items for items, _ in matrices}
+        vectors = {dtype: vectors_for(items, xs.numpy()) for dtype, items in vectors.items()}
+        count = sum(len(starts) for _, starts in matrices)
+        size = few * width * sum(len(starts) * items.itemsize for items, starts in matrices)
         step = self._step(count, size)
-        pieces = [(which, at) for which, out in enumerate(outs) for at in range(0, len(out), step)]
+        given = []
+        for items, starts in matrices:
+            out = np.empty((len(vectors[items.dtype][0]), len(starts)), np.float32)
+            given.append((items, starts, vectors[items.dtype], np.zeros(1, np.int64), step, out))
 
-        def multiply(first: int, end: int) -> None:
-            for which, at in pieces[first:end]:
-                items, starts = matrices[which]
-                dot_rows(items, starts[at : at + step], vector, outs[which][at : at + step])
+        def multiply() -> None:
+            for each in given:
+                dot_rows(*each)
 
-        self._spread(len(pieces), 1, multiply)
-        return [torch.from_numpy(out) for out in outs]
+        self._do(multiply, step < count)
+        return [torch.from_numpy(each[-1][:few]) for each in given]
 
     def add(self, items: Bits, starts: Starts, weights: torch.Tensor, out: torch.Tensor) -> None:
         """out += the rows, each times its weight: `weights` float32 [rows], `out` float32
         [width]. Threads share the width, so that none adds where another does."""
-        sums, scale = out.numpy(), weights.numpy()
+        sums, scale, turns = out.numpy(), weights.numpy(), np.zeros(1, np.int64)
         if items.dtype == np.int8:
             scale = scale * scales_of(items, starts)
-
-        def add(first: int, end: int) -> None:
-            add_rows(items, starts, scale, len(sums), first, sums[first:end])
-
-        self._share(len(sums), len(starts) * len(sums) * items.itemsize, add)
-
-    def dot_many(self, items: Bits, starts: Starts, xs: torch.Tensor) -> torch.Tensor:
-        """The product of each row with each of a few vectors, `xs` float32 [vectors, width]:
-        float32 [vectors, rows]. To the bit what `dot` makes of each."""
-        few, width = xs.shape
-        vectors = np.zeros((-(-few // VECTORS) * VECTORS, width), np.float32)
-        vectors[:few] = xs.numpy()
-        out = np.empty((len(vectors), len(starts)), np.float32)
-
-        def multiply(first: int, end: int) -> None:
-            dot_many(items, starts, vectors, first, end, out)
-
-        self._share(len(starts), len(starts) * width * items.itemsize, multiply)
-        return torch.from_numpy(out[:few])
+        step = self._step(len(sums), len(starts) * len(sums) * items.itemsize)
+        self._do(lambda: add_rows(items, starts, scale, turns, step, sums), step < len(sums))
 
     def add_many(
         self, items: Bits, starts: Starts, weights: torch.Tensor, out: torch.Tensor
@@ -131,17 +122,12 @@ class Products:
         """For each of a few vectors, out += the rows, each times its weight: `weights` float32
         [vectors, rows], `out` float32 [vectors, width]. Threads share the width. To the bit what
         `add` makes of each with the rows whose weight is not 0."""
-        sums, scale = out.numpy(), weights.numpy()
+        sums, scale, turns = out.numpy(), weights.numpy(), np.zeros(1, np.int64)
         if items.dtype == np.int8:
             scale = scale * scales_of(items, starts)
-        scale, width = np.ascontiguousarray(scale), sums.shape[1]
-
-        def add(first: int, end: int) -> None:
-            some = sums[:, first:end].copy()
-            add_many(items, starts, scale, width, first, some)
-            sums[:, first:end] = some
-
-        self._share(width, len(starts) * width * items.itemsize, add)
+        few, width = chosen(starts, np.ascontiguousarray(scale)), sums.shape[1]
+        step = self._step(width, np.count_nonzero(scale) * width * items.itemsize)
+        self._do(lambda: add_many(items, few, turns, step, sums), step < width)
 
     def columns(self, rows: torch.Tensor) -> torch.Tensor:
         """A block's tokens [tokens, width] as columns: float32 [width, tokens]."""
@@ -220,11 +206,7 @@ class Products:
         def pack(first: int, end: int) -> None:
             pack_rows(rows[first:end], items, starts[first:end])
 
-        self._share(len(rows), rows.nbytes, pack)
-
-    def _share(self, count: int, size_bytes: int, work: Callable[[int, int], None]) -> None:
-        """Does `work` for all of `count` items, in blocks, by all threads."""
-        self._spread(count, self._step(count, size_bytes), work)
+        self._spread(len(rows), self._step(len(rows), rows.nbytes), pack)
 
     def _step(self, count: int, size_bytes: int) -> int:
         """Items of a block, where `count` of them are `size_bytes` of weights."""
@@ -245,6 +227,19 @@ class Products:
                 work(first, min(first + step, count))
 
         self._team.do(take)
+
+    def _do(self, work: Work, shared: bool) -> None:
+        """Has `work`, which shares itself out, done by all threads, or by this one alone."""
+        if shared and self._team is not None:
+            self._team.do(work)
+        else:
+            work()
+
+
+def few_at_most(items: Bits) -> int:
+    """How many tokens of a sequence are multiplied one by one with each row, as it is; of more the
+    rows are made float32 first, and multiplied with all at once."""
+    return FEW_PACKED if items.dtype in (np.int8, np.uint8) else FEW
 
 
 def bits_of(values: torch.Tensor) -> Bits:

@@ -13,7 +13,7 @@ import torch
 
 from common.kernels import BITS
 from common.store.geometry import Geometry
-from services.compute.products import Bits, Products, Starts, Sums, Take
+from services.compute.products import Bits, Products, Starts, Sums, Take, few_at_most
 
 
 class CacheRows:
@@ -22,6 +22,8 @@ class CacheRows:
     def __init__(self, region: mmap | bytearray, geometry: Geometry, products: Products):
         self._items: Bits = np.frombuffer(region, BITS[geometry.number_format])
         self._products = products
+        self.few = few_at_most(self._items)
+        """Tokens whose products are `dot_many`'s; of more a block's are faster."""
         item, row = self._items.itemsize, geometry.row_bytes
         self._slot_items = geometry.stride_bytes // item
         self._place = {name: i * row // item for i, name in enumerate(geometry.parts)}
@@ -37,7 +39,7 @@ class CacheRows:
 
     def dot_many(self, part: str, slots: Starts, xs: torch.Tensor) -> torch.Tensor:
         """The same for a few tokens, `xs` float32 [tokens, hidden]: float32 [tokens, count]."""
-        return self._products.dot_many(self._items, self._starts(part, slots), xs)
+        return self._products.dot_each([(self._items, self._starts(part, slots))], xs)[0]
 
     def add_many(self, part: str, slots: Starts, weights: torch.Tensor, out: torch.Tensor) -> None:
         """Adds for each of a few tokens those rows, each times its weight, float32 [tokens, count],

@@ -20,10 +20,12 @@ class Team:
     def __init__(self, helpers: int, name: str) -> None:
         self._inboxes: list[SimpleQueue[Work | None]] = [SimpleQueue() for _ in range(helpers)]
         self._done: SimpleQueue[BaseException | None] = SimpleQueue()
+        threads = []
         for inbox in self._inboxes:
             given = inbox, self._done  # not the team: it ends when nobody has it any more
-            threading.Thread(target=_help, args=given, name=name, daemon=True).start()
-        weakref.finalize(self, _dismiss, self._inboxes)
+            threads.append(threading.Thread(target=_help, args=given, name=name, daemon=True))
+            threads[-1].start()
+        weakref.finalize(self, _dismiss, self._inboxes, threads)
 
     def do(self, work: Work) -> None:
         """All call `work`, which shares itself out; returns when all are through, and raises what
@@ -51,6 +53,10 @@ def _help(inbox: SimpleQueue[Work | None], done: SimpleQueue[BaseException | Non
         del work  # and what it holds
 
 
-def _dismiss(inboxes: list[SimpleQueue[Work | None]]) -> None:
+def _dismiss(inboxes: list[SimpleQueue[Work | None]], threads: list[threading.Thread]) -> None:
     for inbox in inboxes:
         inbox.put(None)
+    for thread in threads:
+        # A thread that torch has run in aborts the process if it still lives when Python ends.
+        if thread is not threading.current_thread():  # which may have let go of the team last
+            thread.join()

@@ -111,7 +111,7 @@ def test_a_vector_among_others_comes_to_the_same_bits(dtype: str, few: int, thre
     xs, out = torch.randn(few, width), torch.randn(few, width)
     weights = torch.randn(few, rows) * (torch.rand(few, rows) < 0.3)
     alone = out.clone()
-    dots = products.dot_many(items, starts, xs)
+    dots = products.dot_each([(items, starts)], xs)[0]
     products.add_many(items, starts, weights, out)
     for b in range(few):
         assert torch.equal(dots[b], products.dot(items, starts, xs[b]))

@@ -20,7 +20,7 @@ from common.integer_dot import CHUNK, LARGEST
 from common.kernels import BITS
 from common.model.convert import convert, plan_conversion
 from common.model.streamed import Allowance, Bundles
-from common.packed import Floats, dot_rows, packed, unpacked
+from common.packed import Floats, packed, unpacked
 from common.plan import make_plan
 from common.store.geometry import GROUP, PACKED, SCALED, Geometry, row_bytes
 from common.store.manifest import MANIFEST
@@ -247,9 +247,8 @@ def test_the_largest_integers_fit(width: int, number: int) -> None:
     """Every product at its largest, of one sign: sums stay below 2^31. The scale is 1."""
     items = np.full(width, number, np.int8)
     items[:SCALED] |= np.array([0x3F80 >> bit & 1 for bit in range(SCALED)], np.int8)
-    out = np.empty(1, np.float32)
-    x = np.full(width, -7.0, np.float32)
-    dot_rows(items, np.zeros(1, np.int64), x, out)
+    x = torch.full((width,), -7.0)
+    out = Products(1).dot(items, np.zeros(1, np.int64), x).numpy()
     np.testing.assert_allclose(out, items.astype(np.float64).sum() * -7, rtol=1e-5)
 
 
@@ -257,13 +256,12 @@ def test_the_largest_integers_fit(width: int, number: int) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_no_number_comes_through(number_format: str, bad: float) -> None:
     rows = rows_like(0, 5, 4, 1.0)
-    x = np.ones(rows.shape[1], np.float32)
+    x = torch.ones(rows.shape[1])
     x[17] = bad
     raw = packed(rows, number_format)
     items = raw.reshape(-1).view(BITS[number_format])
-    out = np.zeros(5, np.float32)
-    dot_rows(items, np.arange(5, dtype=np.int64) * raw.shape[1], x, out)
-    assert not np.isfinite(out).any()
+    out = Products(1).dot(items, np.arange(5, dtype=np.int64) * raw.shape[1], x)
+    assert not out.isfinite().any()
 
 
 def test_modules_that_are_multiplied_together_give_what_each_gives_alone() -> None:
