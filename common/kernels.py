@@ -314,20 +314,13 @@ def mix(weights: Any, values: Any, room: int, out: Any) -> None:
                 out[h, k] += weight * real(value[k])
 
 
-def compile_for(*dtypes: str) -> None:
-    """Compiles the kernels for rows of `dtypes`, so that no token waits for it."""
-    starts, wide, turns = row_starts(1, 1), np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
-    many = np.zeros((VECTORS, 1), np.float32)
+def compile_for(dtype: str) -> None:
+    """Compiles what attention and blocks of tokens take, states and rows of `dtype`, so that no
+    token waits for it."""
+    wide, items = np.zeros((1, 1), np.float32), np.zeros(1, BITS[dtype])
     begins, places = np.zeros(2, np.int64), np.zeros(1, np.int64)
     count_fired_at(wide, begins)
     list_fired_at(wide, begins, places, wide[0])
     add_fired_at(wide, begins, places, wide[0], wide)
-    few = chosen(starts, wide)
-    for dtype in dtypes:
-        items = np.zeros(1, BITS[dtype])
-        dot_turns(items, starts, many, turns, 1, many)
-        add_turns(items, starts, wide[0], turns, 1, wide[0])
-        add_many_turns(items, *few, turns, 1, wide)
-        widen_at(items, starts, wide)
-        score(wide, items, 1, wide)
-        mix(wide, items, 1, wide)
+    score(wide, items, 1, wide)
+    mix(wide, items, 1, wide)

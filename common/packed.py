@@ -25,15 +25,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from common.integer_dot import dot4_turns, dot8_turns, round4, round8, scale_at
+from common.integer_dot import round4, round8, scale_at
 from common.kernels import (
     BITS,
     VECTORS,
-    add_many_turns,
-    add_turns,
-    chosen,
     compiled,
-    dot_turns,
     end_of,
     real,
     taken,
@@ -44,8 +40,7 @@ from common.store.geometry import GROUP, SCALED, row_bytes
 Bits = npt.NDArray[Any]
 Starts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-Vectors = tuple[npt.NDArray[Any], ...]
-Chosen = tuple[npt.NDArray[Any], ...]
+Vectors = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 
 HALF = GROUP // 2
 # How far below its extremes a group's range may end: cutting the two off can cost less than it
@@ -118,22 +113,20 @@ def _add4_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out:
 
 
 @compiled
-def _add4_turns(
-    items: Any, starts: Any, weights: Any, every: int, turns: Any, step: int, out: Any
-) -> None:
-    """`add_turns` of int4 rows of `every` numbers; `step` is a multiple of GROUP."""
+def add4_turns(items: Any, starts: Any, weights: Any, turns: Any, step: int, out: Any) -> None:
+    """`add_turns` of int4 rows; `step` is a multiple of GROUP."""
     width = out.shape[0]
     while True:
         first = taken(turns, step)
         if first >= width:
             return
         end = min(first + step, width)
-        _add4_at(items, starts, weights, every, first, out[first:end])
+        _add4_at(items, starts, weights, width, first, out[first:end])
 
 
 @compiled
-def _add4_many_turns(
-    items: Any, places: Any, values: Any, ends: Any, every: int, turns: Any, step: int, out: Any
+def add4_many_turns(
+    items: Any, places: Any, values: Any, ends: Any, turns: Any, step: int, out: Any
 ) -> None:
     """`add_many_turns` of the same."""
     width = out.shape[1]
@@ -147,7 +140,7 @@ def _add4_many_turns(
             for b in range(len(places)):
                 some = slice(done[b], end_of(ends[b], done[b], tile))
                 part = out[b, first:end]
-                _add4_at(items, places[b, some], values[b, some], every, first, part)
+                _add4_at(items, places[b, some], values[b, some], width, first, part)
                 done[b] = some.stop
 
 
@@ -257,31 +250,23 @@ def pack_rows(rows: Floats, items: Bits, starts: Starts) -> None:
 
 
 def vectors_for(items: Bits, xs: Floats) -> Vectors:
-    """Vectors `xs` [vectors, width] as `dot_rows` takes them: for packed rows rounded to int16, for
-    others as they are; their number may be brought to a multiple of VECTORS."""
-    (few, width), groups = xs.shape, xs.shape[1] // GROUP
-    if items.dtype in (np.int8, np.uint8):
-        numbers, scales = np.empty((few, width), np.int16), np.empty(few, np.float32)
-        if items.dtype == np.int8:
-            round8(xs, numbers, scales)
-            return numbers, scales
-        sums = np.empty((few, groups), np.float32)
+    """Vectors `xs` [vectors, width] as products of rows take them, what they are rounded to, their
+    scales, and the sums of their groups: packed rows take int16. For other rows they are as they
+    are, their number brought to a multiple of VECTORS if they are several."""
+    (few, width), packed = xs.shape, items.dtype in (np.int8, np.uint8)
+    groups = width // GROUP if items.dtype == np.uint8 else 0
+    scales, sums = np.empty(few if packed else 0, np.float32), np.empty((few, groups), np.float32)
+    if not packed:
+        whole = 1 if few == 1 else -(-few // VECTORS) * VECTORS
+        if whole > few:
+            xs = np.concatenate([xs, np.zeros((whole - few, width), np.float32)])
+        return np.ascontiguousarray(xs), scales, sums
+    numbers = np.empty((few, width), np.int16)
+    if groups:
         round4(xs, numbers, scales, sums)
-        return numbers, scales, sums
-    if few == 1 or few % VECTORS == 0:
-        return (xs,)
-    padded = np.zeros((-(-few // VECTORS) * VECTORS, width), np.float32)
-    padded[:few] = xs
-    return (padded,)
-
-
-def dot_rows(
-    items: Bits, starts: Starts, vectors: Vectors, turns: Starts, step: int, out: Floats
-) -> None:
-    """`dot_turns` of rows of any number format. What a vector comes to does not depend, to the bit,
-    on those beside it."""
-    formats = {np.dtype(np.uint8): dot4_turns, np.dtype(np.int8): dot8_turns}
-    formats.get(items.dtype, dot_turns)(items, starts, *vectors, turns, step, out)
+    else:
+        round8(xs, numbers, scales)
+    return numbers, scales, sums
 
 
 def scales_of(items: Bits, starts: Starts) -> Floats:
@@ -289,26 +274,6 @@ def scales_of(items: Bits, starts: Starts) -> Floats:
     scales = np.empty(len(starts), np.float32)
     _scales_at(items, starts, scales)
     return scales
-
-
-def add_rows(
-    items: Bits, starts: Starts, weights: Floats, turns: Starts, step: int, out: Floats
-) -> None:
-    """`add_turns` of rows of any number format, as wide as `out`. Weights of int8 rows have their
-    scales in them; `step` is a multiple of GROUP."""
-    if items.dtype == np.uint8:
-        _add4_turns(items, starts, weights, len(out), turns, step, out)
-    else:
-        add_turns(items, starts, weights, turns, step, out)
-
-
-def add_many(items: Bits, few: Chosen, turns: Starts, step: int, out: Floats) -> None:
-    """`add_many_turns` of the same: `out` [vectors, width]. For each vector the result of
-    `add_rows` with the rows whose weight is not 0, `few` of `chosen`."""
-    if items.dtype == np.uint8:
-        _add4_many_turns(items, *few, out.shape[1], turns, step, out)
-    else:
-        add_many_turns(items, *few, turns, step, out)
 
 
 def widen_rows(items: Bits, starts: Starts, width: int, begin: int, out: Floats) -> None:
@@ -338,19 +303,3 @@ def unpacked(raw: npt.NDArray[np.uint8], number_format: str, width: int) -> Floa
     out = np.empty((len(raw), width), np.float32)
     widen_rows(items, starts, width, 0, out)
     return out
-
-
-def compile_packed() -> None:
-    """Compiles what a server takes of packed rows, so that no token waits for it."""
-    starts, wide, turns = (
-        np.zeros(1, np.int64),
-        np.zeros((1, GROUP), np.float32),
-        np.zeros(1, np.int64),
-    )
-    few = chosen(starts, wide[:, :1].copy())
-    for number_format in ("int8", "int4"):
-        items = np.zeros(row_bytes("int4", GROUP) * 2, np.uint8).view(BITS[number_format])
-        dot_rows(items, starts, vectors_for(items, wide), turns, 1, wide[:, :1].copy())
-        add_rows(items, starts, wide[0, :1], turns, GROUP, wide[0])
-        add_many(items, few, turns, GROUP, wide)
-        widen_rows(items, starts, GROUP, 0, wide)

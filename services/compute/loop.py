@@ -18,11 +18,11 @@ from collections.abc import Sequence as Many
 
 import torch
 
-from common.kernels import compile_for
+from common.jobs import compile_jobs
+from common.kernels import BITS, compile_for
 from common.lifecycle import Service
 from common.limits import POLL_S, PREFILL_ROWS_SHARED_MAX, PREFILLING_EVERY_S, RUNNING_MAX
 from common.messages import Abort, Admit, Done, Token
-from common.packed import compile_packed
 from common.plan import make_plan
 from common.spans import NO_LAYER, NO_STEP
 from common.store.store import Store, read_end_ids
@@ -53,9 +53,11 @@ class ComputeLoop:
         self._control = service.receive_from("control")
         self._answers = service.send_to("answers")
         plan = make_plan(service.settings, store)
-        compile_for(store.geometry.dtype, store.geometry.compute_dtype)
-        if store.geometry.packed or service.settings.resident != "float":
-            compile_packed()
+        geometry, resident = store.geometry, service.settings.resident
+        compile_for(geometry.compute_dtype)
+        packed = ("int8", "int4") if resident != "float" else ()  # int4: some matrices are int8
+        for number_format in {geometry.number_format, geometry.compute_dtype, *packed}:
+            compile_jobs(BITS[number_format])
         self._pipeline = Pipeline(service, store.geometry, sum(plan.slots), products)
         self._context, self._block = plan.context, plan.block
         store.check_digests()

@@ -20,18 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.kernels import BITS, add_fired_at, chosen, count_fired_at, list_fired_at
-from common.packed import (
-    add_many,
-    add_rows,
-    dot_rows,
-    pack_rows,
-    scales_of,
-    vectors_for,
-    widen_rows,
-)
+from common.jobs import Job, add_job, add_many_job, dot_job, listed, perform
+from common.kernels import BITS, add_fired_at, count_fired_at, list_fired_at
+from common.packed import pack_rows, vectors_for, widen_rows
 from common.store.geometry import GROUP
-from services.compute.team import Team, Work
+from services.compute.team import Team
 
 Bits = npt.NDArray[Any]
 Starts = npt.NDArray[np.int64]
@@ -90,31 +83,24 @@ class Products:
         float32 [vectors, width]: float32 [vectors, rows]. The threads meet once for all. What a
         vector comes to does not depend on those beside it, to the bit."""
         few, width = xs.shape
-        vectors = {items.dtype: items for items, _ in matrices}
-        vectors = {dtype: vectors_for(items, xs.numpy()) for dtype, items in vectors.items()}
+        of = {items.dtype: items for items, _ in matrices}
+        vectors = {dtype: vectors_for(items, xs.numpy()) for dtype, items in of.items()}
         count = sum(len(starts) for _, starts in matrices)
         size = few * width * sum(len(starts) * items.itemsize for items, starts in matrices)
-        step = self._step(count, size)
-        given = []
+        step, jobs, outs = self._step(count, size), [], []
         for items, starts in matrices:
-            out = np.empty((len(vectors[items.dtype][0]), len(starts)), np.float32)
-            given.append((items, starts, vectors[items.dtype], np.zeros(1, np.int64), step, out))
-
-        def multiply() -> None:
-            for each in given:
-                dot_rows(*each)
-
-        self._do(multiply, step < count)
-        return [torch.from_numpy(each[-1][:few]) for each in given]
+            given = vectors[items.dtype]
+            outs.append(np.empty((len(given[0]), len(starts)), np.float32))
+            jobs.append(dot_job(items, starts, given, step, outs[-1]))
+        self._do(jobs, step < count)
+        return [torch.from_numpy(out)[:few] for out in outs]
 
     def add(self, items: Bits, starts: Starts, weights: torch.Tensor, out: torch.Tensor) -> None:
         """out += the rows, each times its weight: `weights` float32 [rows], `out` float32
         [width]. Threads share the width, so that none adds where another does."""
-        sums, scale, turns = out.numpy(), weights.numpy(), np.zeros(1, np.int64)
-        if items.dtype == np.int8:
-            scale = scale * scales_of(items, starts)
-        step = self._step(len(sums), len(starts) * len(sums) * items.itemsize)
-        self._do(lambda: add_rows(items, starts, scale, turns, step, sums), step < len(sums))
+        step = self._step(len(out), len(starts) * len(out) * items.itemsize)
+        job = add_job(items, starts, weights.numpy(), step, out.numpy())
+        self._do([job], step < len(out))
 
     def add_many(
         self, items: Bits, starts: Starts, weights: torch.Tensor, out: torch.Tensor
@@ -122,12 +108,10 @@ class Products:
         """For each of a few vectors, out += the rows, each times its weight: `weights` float32
         [vectors, rows], `out` float32 [vectors, width]. Threads share the width. To the bit what
         `add` makes of each with the rows whose weight is not 0."""
-        sums, scale, turns = out.numpy(), weights.numpy(), np.zeros(1, np.int64)
-        if items.dtype == np.int8:
-            scale = scale * scales_of(items, starts)
-        few, width = chosen(starts, np.ascontiguousarray(scale)), sums.shape[1]
-        step = self._step(width, np.count_nonzero(scale) * width * items.itemsize)
-        self._do(lambda: add_many(items, few, turns, step, sums), step < width)
+        width = out.shape[1]
+        step = self._step(width, int(np.count_nonzero(weights.numpy())) * width * items.itemsize)
+        job = add_many_job(items, starts, weights.numpy(), step, out.numpy())
+        self._do([job], step < width)
 
     def columns(self, rows: torch.Tensor) -> torch.Tensor:
         """A block's tokens [tokens, width] as columns: float32 [width, tokens]."""
@@ -226,14 +210,14 @@ class Products:
             for first in blocks:  # taking one is a single step of the interpreter
                 work(first, min(first + step, count))
 
-        self._team.do(take)
+        self._team.call(take)
 
-    def _do(self, work: Work, shared: bool) -> None:
-        """Has `work`, which shares itself out, done by all threads, or by this one alone."""
+    def _do(self, jobs: Sequence[Job], shared: bool) -> None:
+        """Has jobs done by all threads, or by this one alone."""
         if shared and self._team is not None:
-            self._team.do(work)
+            self._team.do(jobs)
         else:
-            work()
+            perform(listed(jobs)[1:])
 
 
 def few_at_most(items: Bits) -> int:

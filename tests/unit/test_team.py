@@ -28,7 +28,7 @@ def test_all_take_part_and_each_piece_is_done_once() -> None:
             for piece in pieces:
                 done.append(piece)
 
-        team.do(take)
+        team.call(take)
     assert sorted(done) == sorted([*range(100)] * 50)
     assert len(seen) == 4
 
@@ -43,16 +43,16 @@ def test_an_error_comes_through_and_the_team_goes_on(helper: bool) -> None:
 
     for _ in range(3):
         with pytest.raises(ValueError, match="no"):
-            team.do(fail)
+            team.call(fail)
     done: list[int] = []
-    team.do(lambda: done.append(1))
+    team.call(lambda: done.append(1))
     assert len(done) == 2
 
 
 def test_threads_end_with_their_team() -> None:
     name = f"{NAME}-ends"  # not that of the others, some of whose may be ending
     team = Team(2, name)
-    team.do(lambda: None)
+    team.call(lambda: None)
     assert threads(name) == 2
     del team
     gc.collect()

@@ -1,0 +1,273 @@
+"""Products as jobs: a few numbers that say what is multiplied, and a function that does it.
+
+Any thread that has both can take its share of a product, whether or not it holds Python's lock. A
+job has addresses: whoever makes one keeps the arrays until the job is over.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import cfunc, types
+from numba.np.numpy_support import carray
+
+from common.integer_dot import dot4_turns, dot8_turns
+from common.kernels import add_many_turns, add_turns, chosen, compiled, dot_turns
+from common.native import call, pointer, read, write
+from common.packed import (
+    Bits,
+    Floats,
+    Starts,
+    Vectors,
+    add4_many_turns,
+    add4_turns,
+    scales_of,
+    vectors_for,
+    widen_rows,
+)
+from common.store.geometry import GROUP
+
+Numbers = npt.NDArray[np.int64]
+
+_DOT, _ADD, _ADD_MANY = range(3)
+# What a job's numbers are, by their places.
+(_TURNS, _WHAT, _ITEMS, _SIZE, _STARTS, _COUNT, _STEP, _OUT, _FEW, _WIDTH, _FIRST, _SECOND,
+ _THIRD, _TILES) = range(14)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """`function`: the address of what does it, given the address of `numbers`."""
+
+    function: int
+    numbers: Numbers
+    kept: Sequence[npt.NDArray[Any]]  # arrays whose addresses are among them
+
+
+def dot_job(items: Bits, starts: Starts, vectors: Vectors, step: int, out: Floats) -> Job:
+    """out[v, i] = (the row of `items` that begins at starts[i]) · vector v, `step` rows at a time:
+    rows of any number format, `vectors` by `vectors_for`. What a vector comes to does not depend,
+    to the bit, on those beside it."""
+    numbers = np.zeros(_TILES + 1, np.int64)
+    _describe(numbers, items, starts, out, step)
+    _describe_vectors(numbers, *vectors)
+    return Job(_function(items.dtype.str), numbers, (items, starts, *vectors, out))
+
+
+def add_job(items: Bits, starts: Starts, weights: Floats, step: int, out: Floats) -> Job:
+    """out += Σ weights[i] × (the row that begins at starts[i]), `step` numbers of the width at a
+    time, a multiple of GROUP. `weights` float32 [rows], `out` float32 [width]."""
+    if items.dtype == np.int8:
+        weights = weights * scales_of(items, starts)
+    numbers = np.zeros(_TILES + 1, np.int64)
+    _describe(numbers, items, starts, out[None], step)
+    _describe_weights(numbers, weights)
+    return Job(_function(items.dtype.str), numbers, (items, starts, weights, out))
+
+
+def add_many_job(items: Bits, starts: Starts, weights: Floats, step: int, out: Floats) -> Job:
+    """The same for each of a few vectors: `weights` float32 [vectors, rows], `out` float32
+    [vectors, width]. For each the result of `add_job` with the rows whose weight is not 0."""
+    if items.dtype == np.int8:
+        weights = weights * scales_of(items, starts)
+    few = chosen(starts, np.ascontiguousarray(weights))
+    numbers = np.zeros(_TILES + 1, np.int64)
+    _describe(numbers, items, starts, out, step)
+    _describe_chosen(numbers, *few)
+    return Job(_function(items.dtype.str), numbers, (items, starts, *few, out))
+
+
+@compiled
+def _describe(numbers: Any, items: Any, starts: Any, out: Any, step: int) -> None:
+    numbers[_ITEMS], numbers[_SIZE] = items.ctypes.data, items.shape[0]
+    numbers[_STARTS], numbers[_COUNT] = starts.ctypes.data, starts.shape[0]
+    numbers[_OUT], numbers[_STEP] = out.ctypes.data, step
+    numbers[_FEW], numbers[_WIDTH] = out.shape
+
+
+@compiled
+def _describe_vectors(numbers: Any, first: Any, second: Any, third: Any) -> None:
+    numbers[_WHAT], numbers[_WIDTH] = _DOT, first.shape[1]
+    numbers[_FIRST], numbers[_SECOND] = first.ctypes.data, second.ctypes.data
+    numbers[_THIRD] = third.ctypes.data
+
+
+@compiled
+def _describe_weights(numbers: Any, weights: Any) -> None:
+    numbers[_WHAT], numbers[_FIRST] = _ADD, weights.ctypes.data
+
+
+@compiled
+def _describe_chosen(numbers: Any, places: Any, values: Any, ends: Any) -> None:
+    numbers[_WHAT], numbers[_TILES] = _ADD_MANY, ends.shape[1]
+    numbers[_FIRST], numbers[_SECOND] = places.ctypes.data, values.ctypes.data
+    numbers[_THIRD] = ends.ctypes.data
+
+
+@compiled
+def _numbers_of(at: int) -> Any:
+    return carray(pointer(at), _TILES + 1, np.int64)
+
+
+@compiled
+def _turns_of(at: int) -> Any:
+    """The count that threads share."""
+    return carray(pointer(at + 8 * _TURNS), 1, np.int64)
+
+
+@compiled
+def _starts_of(numbers: Any) -> Any:
+    return carray(pointer(numbers[_STARTS]), numbers[_COUNT], np.int64)
+
+
+@compiled
+def _floats(address: int, rows: int, width: int) -> Any:
+    return carray(pointer(address), (rows, width), np.float32)
+
+
+@compiled
+def _integers(address: int, rows: int, width: int) -> Any:
+    return carray(pointer(address), (rows, width), np.int64)
+
+
+@compiled
+def _products(at: int, numbers: Any, items: Any) -> None:
+    """A job over rows of floats; or of int8, if it is no dot product."""
+    starts, turns, step = _starts_of(numbers), _turns_of(at), numbers[_STEP]
+    few, count, width = numbers[_FEW], numbers[_COUNT], numbers[_WIDTH]
+    if numbers[_WHAT] == _DOT:
+        out, xs = _floats(numbers[_OUT], few, count), _floats(numbers[_FIRST], few, width)
+        dot_turns(items, starts, xs, turns, step, out)
+    elif numbers[_WHAT] == _ADD:
+        weights = _floats(numbers[_FIRST], 1, count)[0]
+        add_turns(items, starts, weights, turns, step, _floats(numbers[_OUT], 1, width)[0])
+    else:
+        places, values = (
+            _integers(numbers[_FIRST], few, count),
+            _floats(numbers[_SECOND], few, count),
+        )
+        ends = _integers(numbers[_THIRD], few, numbers[_TILES])
+        out = _floats(numbers[_OUT], few, width)
+        add_many_turns(items, places, values, ends, turns, step, out)
+
+
+def _uint16(at: int) -> None:
+    numbers = _numbers_of(at)
+    _products(at, numbers, carray(pointer(numbers[_ITEMS]), numbers[_SIZE], np.uint16))
+
+
+def _int16(at: int) -> None:
+    numbers = _numbers_of(at)
+    _products(at, numbers, carray(pointer(numbers[_ITEMS]), numbers[_SIZE], np.int16))
+
+
+def _float32(at: int) -> None:
+    numbers = _numbers_of(at)
+    _products(at, numbers, carray(pointer(numbers[_ITEMS]), numbers[_SIZE], np.float32))
+
+
+def _int8(at: int) -> None:
+    numbers = _numbers_of(at)
+    items = carray(pointer(numbers[_ITEMS]), numbers[_SIZE], np.int8)
+    if numbers[_WHAT] != _DOT:
+        _products(at, numbers, items)
+        return
+    few, turns, step = numbers[_FEW], _turns_of(at), numbers[_STEP]
+    vectors = carray(pointer(numbers[_FIRST]), (few, numbers[_WIDTH]), np.int16)
+    scales = _floats(numbers[_SECOND], 1, few)[0]
+    out = _floats(numbers[_OUT], few, numbers[_COUNT])
+    dot8_turns(items, _starts_of(numbers), vectors, scales, turns, step, out)
+
+
+def _uint8(at: int) -> None:
+    """int4 rows."""
+    numbers = _numbers_of(at)
+    items = carray(pointer(numbers[_ITEMS]), numbers[_SIZE], np.uint8)
+    starts, turns, step = _starts_of(numbers), _turns_of(at), numbers[_STEP]
+    few, count, width = numbers[_FEW], numbers[_COUNT], numbers[_WIDTH]
+    if numbers[_WHAT] == _DOT:
+        vectors = carray(pointer(numbers[_FIRST]), (few, width), np.int16)
+        scales = _floats(numbers[_SECOND], 1, few)[0]
+        sums = _floats(numbers[_THIRD], few, width // GROUP)
+        out = _floats(numbers[_OUT], few, count)
+        dot4_turns(items, starts, vectors, scales, sums, turns, step, out)
+    elif numbers[_WHAT] == _ADD:
+        weights, out = _floats(numbers[_FIRST], 1, count)[0], _floats(numbers[_OUT], 1, width)[0]
+        add4_turns(items, starts, weights, turns, step, out)
+    else:
+        places = _integers(numbers[_FIRST], few, count)
+        values = _floats(numbers[_SECOND], few, count)
+        ends = _integers(numbers[_THIRD], few, numbers[_TILES])
+        out = _floats(numbers[_OUT], few, width)
+        add4_many_turns(items, places, values, ends, turns, step, out)
+
+
+_FUNCTIONS = {np.dtype(each.__name__[1:]).str: each
+              for each in (_uint16, _int16, _float32, _int8, _uint8)}  # fmt: skip
+
+
+@functools.cache
+def _function(dtype: str) -> int:
+    """The address of what does jobs over such items; compiled at the first."""
+    made = cfunc(types.void(types.int64), cache=True)(_FUNCTIONS[dtype])
+    return int(made.address or 0)
+
+
+@compiled
+def perform(jobs: Any) -> None:
+    """Does jobs, `jobs` int64 [jobs, 2]: each the address of a function and of numbers."""
+    for i in range(jobs.shape[0]):
+        call(jobs[i, 0], jobs[i, 1])
+
+
+@compiled
+def help_with(jobs: Any, woken: int, through: int) -> None:
+    """Does `jobs`, int64 [room, 2], again and again: whenever there is a byte in the pipe `woken`;
+    then puts one into `through`. Each has its number of jobs in jobs[0, 0] and they begin at
+    jobs[1]. Returns at a number below 0, its byte taken, or when the pipe is closed."""
+    byte = np.zeros(1, np.int64)
+    while True:
+        got = read(woken, byte.ctypes.data, 1)
+        if got == 0 or jobs[0, 0] < 0:
+            return
+        if got == 1:
+            perform(jobs[1 : 1 + jobs[0, 0]])
+            write(through, byte.ctypes.data, 1)
+
+
+@compiled
+def lead(jobs: Any, wake: int, over: int, helpers: int) -> None:
+    """The same once, with `helpers` threads that `help_with` them, for which `wake` and `over` are
+    the other ends of their pipes; returns when all are through."""
+    bytes_ = np.zeros(helpers, np.int8)
+    write(wake, bytes_.ctypes.data, helpers)
+    perform(jobs[1 : 1 + jobs[0, 0]])
+    left = helpers
+    while left > 0:
+        got = read(over, bytes_.ctypes.data, left)
+        if got > 0:  # else a signal came
+            left -= got
+
+
+def compile_jobs(dtype: npt.DTypeLike) -> None:
+    """Compiles what a server takes of rows of a dtype of BITS, so that no token waits for it."""
+    items, starts = np.zeros(2 * GROUP, dtype), np.zeros(1, np.int64)
+    wide, one = np.zeros((1, GROUP), np.float32), np.zeros((1, 1), np.float32)
+    jobs = [
+        dot_job(items, starts, vectors_for(items, wide), GROUP, one.copy()),
+        add_job(items, starts, one[0], GROUP, wide[0]),
+        add_many_job(items, starts, one, GROUP, wide.copy()),
+    ]
+    perform(listed(jobs)[1:])
+    widen_rows(items, starts, GROUP, 0, wide)
+
+
+def listed(jobs: Sequence[Job]) -> Numbers:
+    """Jobs as `lead` and `help_with` take them; they are to be kept as long."""
+    given = [(len(jobs), 0), *((job.function, job.numbers.ctypes.data) for job in jobs)]
+    return np.array(given, np.int64)
