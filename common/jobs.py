@@ -18,7 +18,7 @@ from numba.np.numpy_support import carray
 
 from common.integer_dot import dot4_turns, dot8_turns
 from common.kernels import add_many_turns, add_turns, chosen, compiled, dot_turns
-from common.native import call, pointer, read, write
+from common.native import added, call, pointer, read, seen, write
 from common.packed import (
     Bits,
     Floats,
@@ -35,6 +35,8 @@ from common.store.geometry import GROUP
 Numbers = npt.NDArray[np.int64]
 
 _DOT, _ADD, _ADD_MANY = range(3)
+_WAITED_FOR = 1 << 32  # is added to the number of helpers that are not through
+LOOKS = 30_000  # 15 to 50 µs
 # What a job's numbers are, by their places.
 (_TURNS, _WHAT, _ITEMS, _SIZE, _STARTS, _COUNT, _STEP, _OUT, _FEW, _WIDTH, _FIRST, _SECOND,
  _THIRD, _TILES) = range(14)  # fmt: skip
@@ -226,32 +228,37 @@ def perform(jobs: Any) -> None:
 
 
 @compiled
-def help_with(jobs: Any, woken: int, through: int) -> None:
-    """Does `jobs`, int64 [room, 2], again and again: whenever there is a byte in the pipe `woken`;
-    then puts one into `through`. Each has its number of jobs in jobs[0, 0] and they begin at
-    jobs[1]. Returns at a number below 0, its byte taken, or when the pipe is closed."""
-    byte = np.zeros(1, np.int64)
+def help_with(jobs: Any, woken: int, over: int) -> None:
+    """Does `jobs`, int64 [1 + room, 2], again and again: whenever there is a byte in the pipe
+    `woken`. jobs[0] are how many there are, from jobs[1] on, and how many helpers are not through;
+    the last of them puts a byte into `over` if it is waited for. Returns at a number of jobs below
+    0, a byte taken, or when the pipe is closed."""
+    byte, left = np.zeros(1, np.int8), jobs.ctypes.data + 8
     while True:
         got = read(woken, byte.ctypes.data, 1)
         if got == 0 or jobs[0, 0] < 0:
             return
         if got == 1:
             perform(jobs[1 : 1 + jobs[0, 0]])
-            write(through, byte.ctypes.data, 1)
+            if added(left, -1) == _WAITED_FOR + 1:
+                write(over, byte.ctypes.data, 1)
 
 
 @compiled
 def lead(jobs: Any, wake: int, over: int, helpers: int) -> None:
     """The same once, with `helpers` threads that `help_with` them, for which `wake` and `over` are
-    the other ends of their pipes; returns when all are through."""
-    bytes_ = np.zeros(helpers, np.int8)
+    the other ends of their pipes; returns when all are through. It looks for that before it sleeps:
+    a thread that slept goes on with cold caches."""
+    bytes_, left = np.zeros(helpers, np.int8), jobs.ctypes.data + 8
+    jobs[0, 1] = helpers
     write(wake, bytes_.ctypes.data, helpers)
     perform(jobs[1 : 1 + jobs[0, 0]])
-    left = helpers
-    while left > 0:
-        got = read(over, bytes_.ctypes.data, left)
-        if got > 0:  # else a signal came
-            left -= got
+    for _ in range(LOOKS):
+        if seen(left) == 0:
+            return
+    if added(left, _WAITED_FOR) > 0:
+        while read(over, bytes_.ctypes.data, 1) != 1:  # a signal came
+            pass
 
 
 def compile_jobs(dtype: npt.DTypeLike) -> None:

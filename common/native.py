@@ -25,6 +25,26 @@ def _pointer(_: Any, address: Any) -> Any:
     return types.voidptr(types.int64), make
 
 
+def _added(_: Any, address: Any, number: Any) -> Any:
+    """What an int64 at an address was before `number` was added to it, in one step for all."""
+
+    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        where = builder.inttoptr(arguments[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", where, arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), make
+
+
+def _seen(_: Any, address: Any) -> Any:
+    """An int64 that another thread may change."""
+
+    def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        where = builder.inttoptr(arguments[0], _I64.as_pointer())
+        return builder.load_atomic(where, "acquire", 8)
+
+    return types.int64(types.int64), make
+
+
 def _call(_: Any, function: Any, argument: Any) -> Any:
     """Calls the function at an address, of one int64, which returns nothing."""
 
@@ -53,6 +73,8 @@ def _transfer(name: str) -> Any:
 
 
 pointer: Any = intrinsic(_pointer)
+added: Any = intrinsic(_added)
+seen: Any = intrinsic(_seen)
 call: Any = intrinsic(_call)
 read: Any = intrinsic(_transfer("read"))
 write: Any = intrinsic(_transfer("write"))

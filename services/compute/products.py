@@ -32,7 +32,7 @@ Take = Callable[[int, int, torch.Tensor], None]
 """Is given products of rows with a block's tokens, float32 [rows, tokens], and which rows they are
 of, from which to which. They are overwritten when it has returned."""
 
-BLOCKS_PER_THREAD = 4
+ROW_BLOCKS, WIDTH_BLOCKS = 16, 2  # per thread, of rows that are multiplied, or added up
 SHARED_BYTES_MIN = 6 << 20  # 0.4 ms of one thread's work: to meet another takes 0.2
 # To widen rows for one large product takes as long as to multiply them with so many tokens, row by
 # row (docs/measurements.md).
@@ -87,7 +87,7 @@ class Products:
         vectors = {dtype: vectors_for(items, xs.numpy()) for dtype, items in of.items()}
         count = sum(len(starts) for _, starts in matrices)
         size = few * width * sum(len(starts) * items.itemsize for items, starts in matrices)
-        step, jobs, outs = self._step(count, size), [], []
+        step, jobs, outs = self._step(count, size, ROW_BLOCKS), [], []
         for items, starts in matrices:
             given = vectors[items.dtype]
             outs.append(np.empty((len(given[0]), len(starts)), np.float32))
@@ -98,7 +98,7 @@ class Products:
     def add(self, items: Bits, starts: Starts, weights: torch.Tensor, out: torch.Tensor) -> None:
         """out += the rows, each times its weight: `weights` float32 [rows], `out` float32
         [width]. Threads share the width, so that none adds where another does."""
-        step = self._step(len(out), len(starts) * len(out) * items.itemsize)
+        step = self._step(len(out), len(starts) * len(out) * items.itemsize, WIDTH_BLOCKS)
         job = add_job(items, starts, weights.numpy(), step, out.numpy())
         self._do([job], step < len(out))
 
@@ -109,7 +109,8 @@ class Products:
         [vectors, rows], `out` float32 [vectors, width]. Threads share the width. To the bit what
         `add` makes of each with the rows whose weight is not 0."""
         width = out.shape[1]
-        step = self._step(width, int(np.count_nonzero(weights.numpy())) * width * items.itemsize)
+        size = int(np.count_nonzero(weights.numpy())) * width * items.itemsize
+        step = self._step(width, size, WIDTH_BLOCKS)
         job = add_many_job(items, starts, weights.numpy(), step, out.numpy())
         self._do([job], step < width)
 
@@ -190,13 +191,14 @@ class Products:
         def pack(first: int, end: int) -> None:
             pack_rows(rows[first:end], items, starts[first:end])
 
-        self._spread(len(rows), self._step(len(rows), rows.nbytes), pack)
+        self._spread(len(rows), self._step(len(rows), rows.nbytes, ROW_BLOCKS), pack)
 
-    def _step(self, count: int, size_bytes: int) -> int:
-        """Items of a block, where `count` of them are `size_bytes` of weights."""
+    def _step(self, count: int, size_bytes: int, blocks: int) -> int:
+        """Items of a block, so many for each thread, where `count` of them are `size_bytes` of
+        weights."""
         if self._team is None or size_bytes < SHARED_BYTES_MIN:
             return max(count, 1)
-        step = -(-count // (BLOCKS_PER_THREAD * (self._helpers + 1)))
+        step = -(-count // (blocks * (self._helpers + 1)))
         return -(-step // GROUP) * GROUP  # cache lines, too
 
     def _spread(self, count: int, step: int, work: Callable[[int, int], None]) -> None:
