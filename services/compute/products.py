@@ -34,9 +34,10 @@ of, from which to which. They are overwritten when it has returned."""
 
 ROW_BLOCKS, WIDTH_BLOCKS = 16, 2  # per thread, of rows that are multiplied, or added up
 SHARED_BYTES_MIN = 6 << 20  # 0.4 ms of one thread's work: to meet another takes 0.2
-# To widen rows for one large product takes as long as to multiply them with so many tokens, row by
-# row (docs/measurements.md).
-FEW, FEW_PACKED = 8, 32
+# Tokens of a sequence that are multiplied one by one with each row, as it is. Of more the rows are
+# made float32 first, for one large product: which takes as long as so many (docs/measurements.md).
+FEW = {np.dtype(BITS["int8"]): 64, np.dtype(BITS["int4"]): 24}
+FEW_FLOATS = 16
 # Of a block of tokens' products: rows, or columns of them, that are float32 at a time in a thread.
 CHUNK_ROWS = 256
 CHUNK_WIDTH = 512
@@ -223,9 +224,8 @@ class Products:
 
 
 def few_at_most(items: Bits) -> int:
-    """How many tokens of a sequence are multiplied one by one with each row, as it is; of more the
-    rows are made float32 first, and multiplied with all at once."""
-    return FEW_PACKED if items.dtype in (np.int8, np.uint8) else FEW
+    """How many tokens of a sequence are few."""
+    return FEW.get(items.dtype, FEW_FLOATS)
 
 
 def bits_of(values: torch.Tensor) -> Bits:
