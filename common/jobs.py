@@ -48,7 +48,11 @@ class Job:
 
     function: int
     numbers: Numbers
-    kept: Sequence[npt.NDArray[Any]]  # arrays whose addresses are among them
+    kept: Sequence[npt.NDArray[Any]]  # contiguous arrays, whose addresses are among them
+
+    def __post_init__(self) -> None:
+        if not all(array.flags.c_contiguous for array in self.kept):
+            raise ValueError("a job's arrays have to be contiguous")
 
 
 def dot_job(items: Bits, starts: Starts, vectors: Vectors, step: int, out: Floats) -> Job:

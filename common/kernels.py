@@ -16,12 +16,15 @@ the next process. They hold no lock of Python's while they run.
 from __future__ import annotations
 
 import functools
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import njit, types
+from numba.core import config
 from numba.extending import intrinsic
 
 BITS: dict[str, npt.DTypeLike] = {
@@ -34,6 +37,21 @@ BITS: dict[str, npt.DTypeLike] = {
 
 VECTORS = 4  # that `dot_many_at` multiplies a row with at a time
 TILE_ROWS = 32  # rows that are taken for one vector after another while they are in a core's cache
+
+_CACHED = ("kernels", "integer_dot", "packed", "native", "jobs")
+
+
+def _keep_apart() -> None:
+    """Has compiled kernels kept by what all of these files say: numba compiles one again when its
+    own file changes, and not when another does whose functions are in it."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(b"".join((here / f"{name}.py").read_bytes() for name in _CACHED))
+    numba: Any = config
+    base = Path(numba.CACHE_DIR or here / "__pycache__")
+    numba.CACHE_DIR = str(base / f"kernels-{digest.hexdigest()[:16]}")
+
+
+_keep_apart()
 
 # Sums may be taken in any order. That there are no NaNs is not promised: they must come through.
 compiled = njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})

@@ -43,6 +43,7 @@ class RowLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._products = products
         self._eight: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._few = few_at_most(rows.items)  # tokens, and not a block
         self._others: list[RowLinear] = []  # a list: they are no modules of this one
         # For an input what another has made for this one: its product; of a block, its columns.
         self._made: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -50,9 +51,9 @@ class RowLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., outputs] of `x` [..., tokens of a sequence, inputs], or of one token [inputs]."""
         rows = x.reshape(-1, x.shape[-1])
-        if x.dim() > 1 and x.shape[-2] > few_at_most(self.rows.items):
-            return self._block(x, rows).view(*x.shape[:-1], -1)
-        out = self._few(x, rows.float())  # of one sequence, or a token of each of some
+        if x.dim() > 1 and x.shape[-2] > self._few:
+            return self._of_block(x, rows).view(*x.shape[:-1], -1)
+        out = self._of_few(x, rows.float())  # of one sequence, or a token of each of some
         if self.bias is not None:
             out += self.bias
         return out.to(x.dtype).view(*x.shape[:-1], -1)
@@ -66,8 +67,11 @@ class RowLinear(nn.Module):
         theirs are made with this one's, so that the threads meet once, and a block is laid out
         once."""
         self._others = others
+        few = min(module._few for module in (self, *others))  # their rows may be of several formats
+        for module in (self, *others):
+            module._few = few
 
-    def _few(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _of_few(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         made, self._made = self._made, None
         if made is not None and made[0] is x:
             return made[1]
@@ -81,7 +85,7 @@ class RowLinear(nn.Module):
             other._made = x, its
         return out
 
-    def _block(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _of_block(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         made, self._made = self._made, None
         if made is not None and made[0] is x:
             tokens = made[1]

@@ -27,8 +27,8 @@ from common.store.manifest import MANIFEST
 from common.store.store import Store
 from common.store.tensors import read_float32, read_header
 from common.store.verify import verify_store
-from services.compute.linear import RowLinear, choose_int8, multiply_rows, pack, rows_of
-from services.compute.products import SHARED_BYTES_MIN, Products
+from services.compute.linear import RowLinear, Rows, choose_int8, multiply_rows, pack, rows_of
+from services.compute.products import FEW, SHARED_BYTES_MIN, Products
 from services.compute.rows import CacheRows
 from tests.checkpoints import VARIANTS, Variant, make_checkpoint
 from tests.conftest import Made
@@ -239,6 +239,28 @@ def test_torch_multiplies_the_same_int8_rows(made: Made) -> None:
     assert probe is not None
     assert min(probe.ours_us, probe.torch_us) > 0
     assert choose_int8(torch.nn.ModuleList([torch.nn.Linear(2, 2)])) is None
+
+
+def test_modules_of_several_formats_are_multiplied_together() -> None:
+    """As few tokens, and as a block: where each would be the one alone, and the other the other."""
+    torch.manual_seed(2)
+    formats, products = {"q": "int4", "k": "int8", "v": "int4"}, Products(2)
+    attention, alone, rows = torch.nn.Module(), {}, {}
+    for name, number_format in formats.items():
+        raw = packed(torch.randn(96, 512).numpy(), number_format)
+        items = raw.reshape(-1).view(BITS[number_format])
+        rows[f"{name}.weight"] = Rows(items, np.arange(96, dtype=np.int64) * raw.shape[1])
+        setattr(attention, name, torch.nn.Linear(512, 96))
+        bias = attention.get_submodule(name).bias
+        alone[name] = RowLinear(rows[f"{name}.weight"], bias, products)
+    multiply_rows(attention, products, rows, ("k", "q", "v"))
+    counts = {few + more for few in FEW.values() for more in (0, 1)}
+    with torch.inference_mode():
+        for tokens in (1, 2, *sorted(counts)):
+            x = torch.randn(1, tokens, 512)
+            for name in ("k", "q", "v"):
+                found = attention.get_submodule(name)(x)
+                assert torch.allclose(found, alone[name](x), atol=0.05)
 
 
 @pytest.mark.parametrize("width", [CHUNK, 8 * CHUNK, 2 * CHUNK + 16, 48])
