@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from common.kernels import VECTORS, compiled, real, taken
+from common.kernels import VECTORS, compiled, real
 from common.store.geometry import GROUP, SCALED
 
 LARGEST = 32767  # of the rounded vector
@@ -352,36 +352,3 @@ def _least(items: Any, start: Any, sums: Any) -> Any:
     for g in range(groups):
         total += real(minima[g]) * sums[g]
     return total
-
-
-@compiled
-def dot8_turns(
-    items: Any, starts: Any, numbers: Any, scales: Any, turns: Any, step: int, out: Any
-) -> None:
-    """`dot8_at` for all rows, by all threads that call it: see `dot_turns`."""
-    count = starts.shape[0]
-    while True:
-        first = taken(turns, step)
-        if first >= count:
-            return
-        dot8_at(items, starts, numbers, scales, first, min(first + step, count), out)
-
-
-@compiled
-def dot4_turns(
-    items: Any,
-    starts: Any,
-    numbers: Any,
-    scales: Any,
-    sums: Any,
-    turns: Any,
-    step: int,
-    out: Any,
-) -> None:
-    """`dot4_at` for all rows, by all threads that call it: see `dot_turns`."""
-    count = starts.shape[0]
-    while True:
-        first = taken(turns, step)
-        if first >= count:
-            return
-        dot4_at(items, starts, numbers, scales, sums, first, min(first + step, count), out)

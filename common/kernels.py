@@ -176,51 +176,27 @@ def add_at(items: Any, starts: Any, weights: Any, out: Any) -> None:
 
 
 @compiled
-def dot_turns(items: Any, starts: Any, xs: Any, turns: Any, step: int, out: Any) -> None:
-    """out[b, i] = (the row that begins at starts[i]) · xs[b], by all threads that call it: each
-    takes `step` rows at a time, until none is left. `turns` int64 [1], 0 at first, theirs; `xs`
+def dot_range_at(items: Any, starts: Any, xs: Any, first: int, end: int, out: Any) -> None:
+    """For i from `first` to `end`, out[b, i] = (the row that begins at starts[i]) · xs[b]: `xs`
     float32 [vectors, width], one or a multiple of VECTORS; `out` float32 [vectors, rows]."""
-    count = starts.shape[0]
-    while True:
-        first = taken(turns, step)
-        if first >= count:
-            return
-        end = min(first + step, count)
-        if xs.shape[0] == 1:
-            dot_at(items, starts[first:end], xs[0], out[0, first:end])
-        else:
-            dot_many_at(items, starts, xs, first, end, out)
+    if xs.shape[0] == 1:
+        dot_at(items, starts[first:end], xs[0], out[0, first:end])
+    else:
+        dot_many_at(items, starts, xs, first, end, out)
 
 
 @compiled
-def add_turns(items: Any, starts: Any, weights: Any, turns: Any, step: int, out: Any) -> None:
-    """`add_at` by all threads that call it: each takes `step` numbers of the width at a time."""
-    width = out.shape[0]
-    while True:
-        first = taken(turns, step)
-        if first >= width:
-            return
-        add_at(items, starts + first, weights, out[first : min(first + step, width)])
+def add_range_at(items: Any, starts: Any, weights: Any, width: int, first: int, out: Any) -> None:
+    """`add_at` of rows of `width` numbers, from number `first`, as many as `out` has."""
+    add_at(items, starts + first, weights, out)
 
 
 @compiled
-def add_many_turns(
-    items: Any, places: Any, values: Any, ends: Any, turns: Any, step: int, out: Any
-) -> None:
-    """For each vector b, out[b] += Σ its weights × its rows, by what `chosen` found of them, as
-    `add_at` has it, to the bit, by all threads that call it. `out` float32 [vectors, width]."""
-    width = out.shape[1]
-    while True:
-        first = taken(turns, step)
-        if first >= width:
-            return
-        end = min(first + step, width)
-        done = np.zeros(len(places), np.int64)
-        for tile in range(ends.shape[1]):
-            for b in range(len(places)):
-                some = slice(done[b], end_of(ends[b], done[b], tile))
-                add_at(items, places[b, some] + first, values[b, some], out[b, first:end])
-                done[b] = some.stop
+def next_turn(turns: Any, step: int, count: int) -> Any:
+    """From which to which of `count` items this thread does next, none if all are taken. `turns`
+    int64 [1], 0 at first, is shared by the threads that do them, `step` items at a time."""
+    first = min(taken(turns, step), count)
+    return first, min(first + step, count)
 
 
 @compiled

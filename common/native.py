@@ -1,7 +1,7 @@
 """What kernels need of the machine: numbers at an address, a function at an address, a pipe.
 
 Threads that are woken, work and say that they are through by these alone never wait for Python's
-lock: with it a product of two threads took 0.1 to 0.2 ms longer (docs/measurements.md).
+lock, nor hold it while another would go on (docs/measurements.md: what that gained).
 """
 
 from __future__ import annotations

@@ -30,9 +30,7 @@ from common.kernels import (
     BITS,
     VECTORS,
     compiled,
-    end_of,
     real,
-    taken,
     widen_at,
 )
 from common.store.geometry import GROUP, SCALED, row_bytes
@@ -85,8 +83,8 @@ def _scales_at(items: Any, starts: Any, out: Any) -> None:
 
 
 @compiled
-def _add4_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out: Any) -> None:
-    """`add_at` of int4 rows of `width` numbers, from number `begin`, the first of a group."""
+def add4_range_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out: Any) -> None:
+    """`add_range_at` of int4 rows; `begin` is the first number of a group."""
     groups, count = out.shape[0] // GROUP, starts.shape[0]
     first, packed, every = begin // GROUP, width // 2, width // GROUP
     size, sums = packed + every * 4, out.reshape(groups, GROUP)
@@ -110,38 +108,6 @@ def _add4_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out:
             for k in range(HALF):
                 sums[g, k] += low(bytes_a[g, k]) * p + least
                 sums[g, k + HALF] += high(bytes_a[g, k]) * p + least
-
-
-@compiled
-def add4_turns(items: Any, starts: Any, weights: Any, turns: Any, step: int, out: Any) -> None:
-    """`add_turns` of int4 rows; `step` is a multiple of GROUP."""
-    width = out.shape[0]
-    while True:
-        first = taken(turns, step)
-        if first >= width:
-            return
-        end = min(first + step, width)
-        _add4_at(items, starts, weights, width, first, out[first:end])
-
-
-@compiled
-def add4_many_turns(
-    items: Any, places: Any, values: Any, ends: Any, turns: Any, step: int, out: Any
-) -> None:
-    """`add_many_turns` of the same."""
-    width = out.shape[1]
-    while True:
-        first = taken(turns, step)
-        if first >= width:
-            return
-        end = min(first + step, width)
-        done = np.zeros(len(places), np.int64)
-        for tile in range(ends.shape[1]):
-            for b in range(len(places)):
-                some = slice(done[b], end_of(ends[b], done[b], tile))
-                part = out[b, first:end]
-                _add4_at(items, places[b, some], values[b, some], width, first, part)
-                done[b] = some.stop
 
 
 @compiled

@@ -2,7 +2,7 @@
 
 Work is jobs (common/jobs.py), which are done without Python's lock, from the waking on; or a
 function of ours. Not a ThreadPoolExecutor: its futures and locks take 80 µs of a product of 1.4 ms,
-queues 30, and a thread that wants the lock when it is through 50 (docs/measurements.md).
+queues 30 (docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Team:
             threads[-1].start()
         files = self._wake, woken, through, self._over
         weakref.finalize(self, _dismiss, self._jobs, self._work, threads, files)
+        self.do([])  # what it takes is compiled, and they are there: no token waits for it
 
     def do(self, jobs: Sequence[Job]) -> None:
         """All do `jobs`, at most JOBS_MAX, which share themselves out; returns when they are
