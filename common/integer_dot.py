@@ -21,6 +21,9 @@ from common.kernels import VECTORS, compiled, real
 from common.store.geometry import GROUP, SCALED
 
 LARGEST = 32767  # of the rounded vector
+SIZE = np.uint32(0x7FFFFFFF)  # of a float32's bits, all but its sign
+INFINITE = np.uint32(0x7F800000)
+LARGEST_FLOAT = np.finfo(np.float32).max
 LANES = 8
 PAIRS = 2 * LANES  # numbers that one instruction multiplies, adding neighbours
 CHUNK = 4096  # numbers of an int8 row whose products add up within int32: 512 × 128 × 32767 a lane
@@ -225,17 +228,25 @@ _four4: Any = intrinsic(_sums4(VECTORS))
 
 
 @compiled
-def round_at(x: Any, out: Any) -> Any:
-    """Fills int16 `out` with the nearest to x ÷ what it returns: NaN where x has one, or an inf."""
-    largest, spoilt = np.float32(0), np.float32(0)
+def round_at(x: Any, most: int, out: Any) -> Any:
+    """Fills int16 `out` with the nearest to x ÷ what it returns, at most `most`: NaN where x has
+    one, or an inf."""
+    # As integers the largest is found some at a time: a float32's order is that of its bits.
+    bits, largest = x.view(np.uint32), np.uint32(0)
+    for k in range(bits.shape[0]):
+        size = np.uint32(bits[k] & SIZE)
+        if size > largest:
+            largest = size
+    if largest >= INFINITE:
+        out[:] = 0
+        return np.float32(np.nan)
+    scale = np.uint32(largest).view(np.float32) / np.float32(most)
+    inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+    if inverse > LARGEST_FLOAT:  # of numbers next to nothing
+        inverse = np.float32(0)
     for k in range(x.shape[0]):
-        largest = max(largest, abs(x[k]))
-        spoilt += x[k] * np.float32(0)
-    scale = largest / np.float32(LARGEST)
-    inverse = np.float32(1) / scale if scale > 0 and spoilt == 0 else np.float32(0)
-    for k in range(x.shape[0]):
-        out[k] = np.int16(np.rint(x[k] * inverse)) if inverse > 0 else np.int16(0)
-    return scale + spoilt
+        out[k] = np.int16(np.rint(x[k] * inverse))
+    return scale
 
 
 @compiled
@@ -243,7 +254,7 @@ def round8(xs: Any, numbers: Any, scales: Any) -> None:
     """Rounds vectors as `dot8_at` takes them: `xs` float32 and `numbers` int16 [vectors, width],
     `scales` float32 [vectors]."""
     for v in range(xs.shape[0]):
-        scales[v] = round_at(xs[v], numbers[v])
+        scales[v] = round_at(xs[v], LARGEST, numbers[v])
 
 
 @compiled
@@ -251,7 +262,7 @@ def round4(xs: Any, numbers: Any, scales: Any, sums: Any) -> None:
     """The same as `dot4_at` takes them; `sums` float32 [vectors, groups]."""
     rounded = np.empty(xs.shape[1], np.int16)
     for v in range(xs.shape[0]):
-        scales[v] = round_at(xs[v], rounded)
+        scales[v] = round_at(xs[v], LARGEST, rounded)
         _by_words(rounded, numbers[v])
         for g in range(sums.shape[1]):
             total = np.float32(0)

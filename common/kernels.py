@@ -38,7 +38,7 @@ BITS: dict[str, npt.DTypeLike] = {
 VECTORS = 4  # that `dot_many_at` multiplies a row with at a time
 TILE_ROWS = 32  # rows that are taken for one vector after another while they are in a core's cache
 
-_CACHED = ("kernels", "integer_dot", "packed", "native", "jobs")
+_CACHED = ("kernels", "integer_dot", "halves", "packed", "native", "jobs")
 
 
 def _keep_apart() -> None:

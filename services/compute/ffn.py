@@ -21,6 +21,7 @@ from common.model.act import make_act
 from common.model.activation import Activation
 from common.plan import part_bundles
 from common.store.geometry import Geometry
+from services.compute.blocks import Tokens
 from services.compute.pipeline import Indices, Part, Pipeline
 from services.compute.products import Sums
 
@@ -73,13 +74,12 @@ class FlashFFN(nn.Module):
         return out
 
     def _block(self, rows: torch.Tensor) -> torch.Tensor:
-        """Tokens are columns: see products.py."""
         cached = self.pipeline.rows
-        wide, sums = cached.columns(rows), cached.sums(len(rows), self.hidden)
+        tokens, sums = cached.tokens(rows), cached.sums(len(rows), self.hidden)
         for part in self.pipeline.parts(self.layer, rows):
             for first in range(0, len(part.ids), self.chunk):
                 some = slice(first, first + self.chunk)
-                self._add_block(sums, wide, part.ids[some], part.slots[some])
+                self._add_block(sums, tokens, part.ids[some], part.slots[some])
         return sums.total()
 
     def _bias(self, z: torch.Tensor, name: str, ids: Indices) -> torch.Tensor:
@@ -116,19 +116,19 @@ class FlashFFN(nn.Module):
             h *= self._bias(rows.dot_many("up", slots, xs), "up", part.ids[fires])
         rows.add_many("down", slots, h, out)
 
-    def _add_block(self, sums: Sums, x: torch.Tensor, ids: Indices, slots: Indices) -> None:
+    def _add_block(self, sums: Sums, tokens: Tokens, ids: Indices, slots: Indices) -> None:
         """Adds the share of some neurons for many tokens; no more of them than the plan has room
         for."""
-        rows, h = self.pipeline.rows, torch.empty(len(ids), x.shape[1])
+        rows, h = self.pipeline.rows, torch.empty(len(ids), len(tokens))
 
         def activate(first: int, end: int, z: torch.Tensor) -> None:
             h[first:end] = self.act(self._bias(z.T, self.first, ids[first:end]).T)
 
-        rows.dot_block(self.first, slots, x, activate)
+        rows.dot_block(self.first, slots, tokens, activate)
         if self.first == "gate":
 
             def scale(first: int, end: int, z: torch.Tensor) -> None:
                 h[first:end] *= self._bias(z.T, "up", ids[first:end]).T
 
-            rows.dot_block("up", slots, x, scale)
+            rows.dot_block("up", slots, tokens, scale)
         rows.add_block("down", slots, h, sums)

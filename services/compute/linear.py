@@ -20,7 +20,8 @@ from common.packed import scales_of
 from common.store.geometry import DTYPE_BYTES, row_bytes
 from common.store.store import forget_pages
 from common.store.tensors import Tensor, read_exactly, to_float32
-from services.compute.products import Bits, Products, Starts, bits_of, few_at_most
+from services.compute.blocks import Tokens
+from services.compute.products import Bits, Products, Starts, bits_of
 
 PROBE_TURNS = 7
 CHUNK_ROWS = 512  # of a matrix that are read and packed at a time
@@ -43,10 +44,11 @@ class RowLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._products = products
         self._eight: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._few = few_at_most(rows.items)  # tokens, and not a block
+        self._few = products.few_at_most(rows.items)  # tokens, and not a block
         self._others: list[RowLinear] = []  # a list: they are no modules of this one
-        # For an input what another has made for this one: its product; of a block, its columns.
+        # For an input what another has made for this one: its product; or a block, laid out.
         self._made: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._laid_out: tuple[torch.Tensor, Tokens] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., outputs] of `x` [..., tokens of a sequence, inputs], or of one token [inputs]."""
@@ -86,13 +88,13 @@ class RowLinear(nn.Module):
         return out
 
     def _of_block(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        made, self._made = self._made, None
-        if made is not None and made[0] is x:
-            tokens = made[1]
+        given, self._laid_out = self._laid_out, None
+        if given is not None and given[0] is x:
+            tokens = given[1]
         else:
-            tokens = self._products.columns(rows)
+            tokens = self._products.tokens(rows)
             for other in self._others:
-                other._made = x, tokens
+                other._laid_out = x, tokens
         out = x.new_empty(len(rows), len(self.rows.starts))
 
         def take(first: int, end: int, products: torch.Tensor) -> None:

@@ -28,6 +28,7 @@ from common.spans import NO_LAYER, NO_STEP
 from common.store.store import Store, read_end_ids
 from common.system import cores
 from inflash._messages import NO_STATS
+from services.compute.blocks import probe_blocks
 from services.compute.failures import StepAbortedError, StepFailedError
 from services.compute.generation import Choice, Generation, limit_of, prompt_of
 from services.compute.kv import Sequences, shared
@@ -41,7 +42,9 @@ from services.compute.waits import LayerWaits
 def serve(service: Service, store: Store) -> None:
     """Runs until asked to stop."""
     threads = service.settings.threads or cores()
-    loop = ComputeLoop(service, store, Products(threads))
+    probe = probe_blocks()
+    service.log.info("block products", integers=probe.names, **dataclasses.asdict(probe))
+    loop = ComputeLoop(service, store, Products(threads, probe.halved))
     with torch.inference_mode():
         loop.run()
 

@@ -12,8 +12,9 @@ alone, which takes a quarter of the time that one large product with the zeros i
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,10 @@ import numpy.typing as npt
 import torch
 
 from common.jobs import Job, add_job, add_many_job, dot_job, listed, perform
-from common.kernels import BITS, add_fired_at, count_fired_at, list_fired_at
+from common.kernels import BITS, add_fired_at, count_fired_at, list_fired_at, row_starts
 from common.packed import pack_rows, vectors_for, widen_rows
 from common.store.geometry import GROUP
+from services.compute.blocks import Halves, Tokens, multiply_halves
 from services.compute.team import Team
 
 Bits = npt.NDArray[Any]
@@ -38,6 +40,8 @@ SHARED_BYTES_MIN = 6 << 20  # 0.4 ms of one thread's work: to meet another takes
 # made float32 first, for one large product: which takes as long as so many (docs/measurements.md).
 FEW = {np.dtype(BITS["int8"]): 64, np.dtype(BITS["int4"]): 24}
 FEW_FLOATS = 16
+# Where blocks are multiplied in integers, which begins to be faster at fewer, or at more.
+FEW_HALVED = {np.dtype(BITS["float16"]): 24, np.dtype(BITS["int8"]): 32, np.dtype(BITS["int4"]): 48}
 # Of a block of tokens' products: rows, or columns of them, that are float32 at a time in a thread.
 CHUNK_ROWS = 256
 CHUNK_WIDTH = 512
@@ -68,7 +72,9 @@ class Sums:
 class Products:
     """Products with rows that begin anywhere in a contiguous array of numbers."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, halved: Collection[np.dtype[Any]] = ()) -> None:
+        """`halved`: the dtypes of rows that are multiplied with blocks in integers: blocks.py."""
+        self._halved = frozenset(halved)
         self._helpers = threads - 1
         self._local = threading.local()
         self._team = Team(threads - 1, "products") if threads > 1 else None
@@ -115,26 +121,50 @@ class Products:
         job = add_many_job(items, starts, weights.numpy(), step, out.numpy())
         self._do([job], step < width)
 
-    def columns(self, rows: torch.Tensor) -> torch.Tensor:
-        """A block's tokens [tokens, width] as columns: float32 [width, tokens]."""
-        out = torch.empty(rows.shape[1], rows.shape[0])
+    def few_at_most(self, items: Bits) -> int:
+        """How many tokens of a sequence are few."""
+        if items.dtype in self._halved:
+            return FEW_HALVED[items.dtype]
+        return FEW.get(items.dtype, FEW_FLOATS)
 
-        def lay_out(first: int, end: int) -> None:
-            out[first:end] = rows[:, first:end].T
+    def tokens(self, rows: torch.Tensor) -> Tokens:
+        """A block's tokens, float [tokens, width], as `dot_block` takes them."""
+        return Tokens(rows.float(), self.share)
 
-        self.share(len(out), CHUNK_WIDTH, lay_out)
-        return out
-
-    def dot_block(self, items: Bits, starts: Starts, x: torch.Tensor, take: Take) -> None:
-        """The product of each row with each token of `x` float32 [width, tokens]. Threads share the
-        rows; each gives those that it has made to `take`, and what that does is shared, too."""
+    def dot_block(self, items: Bits, starts: Starts, tokens: Tokens, take: Take) -> None:
+        """The product of each row with each token. Threads share the rows; each gives those that it
+        has made to `take`, and what that does is shared, too."""
+        if items.dtype in self._halved:
+            make = self._by_halves(items, tokens.halves)
+        else:
+            make = self._by_floats(items, tokens.columns)
 
         def multiply(first: int, end: int) -> None:
-            rows = self._widened(items, starts[first:end], len(x), 0, len(x))
-            made = self._room("made", end - first, x.shape[1])
-            take(first, end, torch.mm(rows, x, out=made))
+            take(first, end, make(starts[first:end]))
 
         self.share(len(starts), CHUNK_ROWS, multiply)
+
+    def _by_floats(self, items: Bits, columns: torch.Tensor) -> Callable[[Starts], torch.Tensor]:
+        width, count = columns.shape
+
+        def make(starts: Starts) -> torch.Tensor:
+            rows = self._widened(items, starts, width, 0, width)
+            return torch.mm(rows, columns, out=self._room("made", (len(starts), count)))
+
+        return make
+
+    def _by_halves(self, items: Bits, halves: Halves) -> Callable[[Starts], torch.Tensor]:
+        width = halves.numbers.shape[1]
+
+        def make(starts: Starts) -> torch.Tensor:
+            if items.dtype != np.uint8:
+                return multiply_halves(items, starts, halves, self._room)
+            rows = self._widened(items, starts, width, 0, width)
+            return multiply_halves(
+                bits_of(rows), row_starts(len(starts), width), halves, self._room
+            )
+
+        return make
 
     def sums(self, tokens: int, width: int) -> Sums:
         """For `add_block`: a piece for each thread at least."""
@@ -174,17 +204,19 @@ class Products:
     ) -> torch.Tensor:
         """Of rows of `width` numbers those from `first` to `end`, as float32 [rows, end - first];
         until the thread's next."""
-        rows = self._room("rows", len(starts), end - first)
+        rows = self._room("rows", (len(starts), end - first))
         widen_rows(items, starts, width, first, rows.numpy())
         return rows
 
-    def _room(self, name: str, rows: int, width: int) -> torch.Tensor:
-        """float32 [rows, width] of the thread's own, whatever is in it; until it asks again."""
+    def _room(
+        self, name: str, shape: tuple[int, int], dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Memory of the thread's own, [rows, width], whatever is in it; until it asks again."""
         room: torch.Tensor | None = getattr(self._local, name, None)
-        if room is None or len(room) < rows * width:
-            room = torch.empty(rows * width)
+        if room is None or len(room) < math.prod(shape):
+            room = torch.empty(math.prod(shape), dtype=dtype)
             setattr(self._local, name, room)
-        return room[: rows * width].view(rows, width)
+        return room[: math.prod(shape)].view(shape)
 
     def pack(self, rows: npt.NDArray[np.float32], items: Bits, starts: Starts) -> None:
         """Packs `rows` float32 [rows, width] into `items`: row i begins at starts[i]."""
@@ -221,11 +253,6 @@ class Products:
             self._team.do(jobs)
         else:
             perform(listed(jobs)[1:])
-
-
-def few_at_most(items: Bits) -> int:
-    """How many tokens of a sequence are few."""
-    return FEW.get(items.dtype, FEW_FLOATS)
 
 
 def bits_of(values: torch.Tensor) -> Bits:

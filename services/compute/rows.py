@@ -13,7 +13,8 @@ import torch
 
 from common.kernels import BITS
 from common.store.geometry import Geometry
-from services.compute.products import Bits, Products, Starts, Sums, Take, few_at_most
+from services.compute.blocks import Tokens
+from services.compute.products import Bits, Products, Starts, Sums, Take
 
 
 class CacheRows:
@@ -22,7 +23,7 @@ class CacheRows:
     def __init__(self, region: mmap | bytearray, geometry: Geometry, products: Products):
         self._items: Bits = np.frombuffer(region, BITS[geometry.number_format])
         self._products = products
-        self.few = few_at_most(self._items)
+        self.few = products.few_at_most(self._items)
         """Tokens whose products are `dot_many`'s; of more a block's are faster."""
         item, row = self._items.itemsize, geometry.row_bytes
         self._slot_items = geometry.stride_bytes // item
@@ -46,18 +47,17 @@ class CacheRows:
         to `out` float32 [tokens, hidden]."""
         self._products.add_many(self._items, self._starts(part, slots), weights, out)
 
-    def dot_block(self, part: str, slots: Starts, x: torch.Tensor, take: Take) -> None:
-        """Those products for each token of `x` float32 [hidden, tokens]; some at a time they are
-        given to `take`."""
-        self._products.dot_block(self._items, self._starts(part, slots), x, take)
+    def dot_block(self, part: str, slots: Starts, tokens: Tokens, take: Take) -> None:
+        """Those products for each token of a block; some at a time they are given to `take`."""
+        self._products.dot_block(self._items, self._starts(part, slots), tokens, take)
 
     def add_block(self, part: str, slots: Starts, weights: torch.Tensor, sums: Sums) -> None:
         """Adds for each token those rows, each times its weight, float32 [count, tokens]."""
         self._products.add_block(self._items, self._starts(part, slots), weights, sums)
 
-    def columns(self, rows: torch.Tensor) -> torch.Tensor:
+    def tokens(self, rows: torch.Tensor) -> Tokens:
         """A block's tokens [tokens, hidden] as `dot_block` takes them."""
-        return self._products.columns(rows)
+        return self._products.tokens(rows)
 
     def sums(self, tokens: int, width: int) -> Sums:
         """Zeros, for `add_block`."""

@@ -30,6 +30,7 @@ from torch import nn
 from common.store.geometry import DTYPE_BYTES, Geometry
 from common.system import cores
 from services.compute.attention import attend
+from services.compute.blocks import Tokens, probe_blocks
 from services.compute.linear import RowLinear, rows_of
 from services.compute.products import Products, Sums, bits_of
 from services.compute.rows import CacheRows
@@ -76,13 +77,13 @@ def block(dtype: str, products: Products) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"resident": [], "ffn": []}
     for count in BLOCK_ROWS:
         x = torch.randn(count, HIDDEN)
-        columns, sums, h = x.T.contiguous(), rows.sums(count, HIDDEN), torch.empty(BLOCK_OUT, count)
+        tokens, sums, h = rows.tokens(x), rows.sums(count, HIDDEN), torch.empty(BLOCK_OUT, count)
 
-        def ffn(x: torch.Tensor = columns, sums: Sums = sums, h: torch.Tensor = h) -> None:
+        def ffn(tokens: Tokens = tokens, sums: Sums = sums, h: torch.Tensor = h) -> None:
             def activate(first: int, end: int, z: torch.Tensor) -> None:
                 h[first:end] = (z - FIRES_ABOVE * HIDDEN**0.5).relu()
 
-            rows.dot_block("up", slots, x, activate)
+            rows.dot_block("up", slots, tokens, activate)
             rows.add_block("down", slots, h, sums)
 
         seconds = _seconds(functools.partial(linear, x), BLOCK_TURNS)
@@ -132,7 +133,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=cores(), help="of compute")
     parser.add_argument("--gemm", action="store_true", help="that alone: seconds, not minutes")
     given = parser.parse_args(arguments)
-    products = Products(given.threads)
+    torch.set_num_threads(1)
+    products = Products(given.threads, probe_blocks().halved)
     torch.manual_seed(0)
     with torch.inference_mode():
         found: dict[str, Any] = {"threads": given.threads, "gemm": gemm(given.threads)}

@@ -132,7 +132,7 @@ def test_threads_share_a_block_of_tokens(dtype: str, threads: int) -> None:
         products.dot_block(
             bits_of(values),
             starts,
-            products.columns(x.T),
+            products.tokens(x.T),
             lambda i, j, made: found[i:j].copy_(made),
         )
         torch.testing.assert_close(found, wide.flip(0) @ x, rtol=1e-4, atol=1e-3)

@@ -101,10 +101,10 @@ def test_products(number_format: str, threads: int, count: int) -> None:
     out = torch.ones(hidden)
     cached.add("down", slots, weights, out)
     assert torch.allclose(out, 1 + weights @ down, atol=max(count, 1) * 1e-5, rtol=1e-5)
-    block, heights = torch.randn(hidden, 3), torch.randn(count, 3)  # tokens are columns
+    block, heights = torch.randn(3, hidden), torch.randn(count, 3)
     found = torch.empty(count, 3)
-    cached.dot_block("up", slots, block, lambda i, j, made: found[i:j].copy_(made))
-    assert torch.allclose(found, up @ block, atol=1e-5 * hidden, rtol=1e-5)
+    cached.dot_block("up", slots, cached.tokens(block), lambda i, j, z: found[i:j].copy_(z))
+    assert torch.allclose(found, up @ block.T, atol=1e-5 * hidden, rtol=1e-5)
     for fires in (heights, heights * (torch.rand(count, 3) < 0.05)):  # all do, few do
         sums = cached.sums(3, hidden)
         cached.add_block("down", slots, fires, sums)

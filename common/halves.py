@@ -1,0 +1,82 @@
+"""Rows and tokens as whole numbers of 16 bits, each in two halves of 8, for products in integers.
+
+A number is high × 256 + low; a row, or a token, has one scale. What is rounded away is 1/65,024 of
+its largest number at most; float16 itself rounds each number by up to 1/2,048 of its own size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from common.integer_dot import round_at, scale_at
+from common.kernels import compiled, real
+
+LARGEST = 127 * 256  # so that a high half is at most 127
+
+
+@compiled
+def halve_tokens(rows: Any, first: int, end: int, halves: Any, scales: Any) -> None:
+    """Of the tokens from `first` to `end` of `rows` float32 [tokens, width] the halves and scales:
+    int8 [2 × tokens, width], the high ones first, and float32 [tokens]."""
+    tokens, width = rows.shape
+    numbers = np.empty(width, np.int16)
+    for t in range(first, end):
+        scales[t] = round_at(rows[t], LARGEST, numbers)
+        _halve(numbers, halves[t], halves[tokens + t])
+
+
+@compiled
+def halve_rows(items: Any, starts: Any, high: Any, low: Any, scales: Any) -> None:
+    """The halves and scales of the rows of floats that begin at `starts`: int8 [rows, width] each,
+    and float32 [rows]."""
+    width = high.shape[1]
+    wide, numbers = np.empty(width, np.float32), np.empty(width, np.int16)
+    for i in range(starts.shape[0]):
+        row = items[starts[i] : starts[i] + width]
+        for k in range(width):
+            wide[k] = real(row[k])
+        scales[i] = round_at(wide, LARGEST, numbers)
+        _halve(numbers, high[i], low[i])
+
+
+@compiled
+def _halve(numbers: Any, high: Any, low: Any) -> None:
+    for k in range(numbers.shape[0]):
+        upper = (numbers[k] + 128) >> 8
+        high[k] = upper
+        low[k] = numbers[k] - upper * 256
+
+
+@compiled
+def gather_rows(items: Any, starts: Any, rows: Any, scales: Any) -> None:
+    """int8 rows as they are, [rows, width], and their scales, float32 [rows]."""
+    width = rows.shape[1]
+    for i in range(starts.shape[0]):
+        row, to = items[starts[i] : starts[i] + width], rows[i]
+        for k in range(width):
+            to[k] = row[k]
+        scales[i] = scale_at(items, starts[i])
+
+
+@compiled
+def join(both: Any, of_low: Any, row_scales: Any, scales: Any, out: Any) -> None:
+    """Fills `out` float32 [rows, tokens] with what the products of halves come to.
+
+    `both` int32 [rows, 2 × tokens]: of a row's high half with each token's halves; `of_low` int32
+    [rows, tokens], of its low half with each token's high one, or [rows, 0] if it has no low half.
+    """
+    tokens = out.shape[1]
+    for i in range(out.shape[0]):
+        if of_low.shape[1]:
+            scale = row_scales[i] * np.float32(256)
+            for t in range(tokens):
+                rest = np.float32(both[i, tokens + t]) + np.float32(of_low[i, t])
+                value = np.float32(both[i, t]) * np.float32(256) + rest
+                out[i, t] = value * (scale * scales[t])
+        else:
+            for t in range(tokens):
+                rest = np.float32(both[i, tokens + t])
+                value = np.float32(both[i, t]) * np.float32(256) + rest
+                out[i, t] = value * (row_scales[i] * scales[t])

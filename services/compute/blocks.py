@@ -1,0 +1,156 @@
+"""A block of tokens, as products take it, and the way in which this machine multiplies fastest.
+
+Two ways to multiply rows with a block, both torch's: in float32; or in integers, rows and tokens in
+halves of 8 bits (common/halves.py). That takes three products of halves for rows of floats and
+int4, and two for int8 ones, whose numbers have one half. Some processors make eight times as many
+products of 8 bits in a second as of float32, others fewer, or wrong ones: so it is measured, when a
+server begins.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from common.halves import gather_rows, halve_rows, halve_tokens, join
+from common.kernels import BITS
+from common.packed import Bits, Floats, Starts
+
+Share = Callable[[int, int, Callable[[int, int], None]], None]
+Room = Callable[[str, tuple[int, int], torch.dtype], torch.Tensor]
+"""A thread's own memory by name, shape and dtype, whatever is in it, until it asks again."""
+
+LAID_OUT = 512  # numbers of a token, or as many tokens, that a thread lays out at a time
+PROBE_ROWS, PROBE_TOKENS, PROBE_WIDTH, PROBE_TURNS = 256, 128, 2048, 5
+
+
+class Halves(NamedTuple):
+    """Tokens in integers: int8 [2 × tokens, width], the high halves first, and the scales, float32
+    [tokens]."""
+
+    numbers: torch.Tensor
+    scales: Floats
+
+
+class Tokens:
+    """The tokens of a block, `rows` float32 [tokens, width], laid out in each way when it is first
+    asked for; not by a thread that has a share in a product."""
+
+    def __init__(self, rows: torch.Tensor, share: Share):
+        self.rows, self._share = rows, share
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def columns(self) -> torch.Tensor:
+        """float32 [width, tokens]"""
+        out = torch.empty(self.rows.shape[1], len(self))
+
+        def lay_out(first: int, end: int) -> None:
+            out[first:end] = self.rows[:, first:end].T
+
+        self._share(len(out), LAID_OUT, lay_out)
+        return out
+
+    @cached_property
+    def halves(self) -> Halves:
+        """In integers."""
+        tokens, width = self.rows.shape
+        numbers = torch.empty(2 * tokens, width, dtype=torch.int8)
+        made, rows = Halves(numbers, np.empty(tokens, np.float32)), self.rows.contiguous().numpy()
+
+        def lay_out(first: int, end: int) -> None:
+            halve_tokens(rows, first, end, numbers.numpy(), made.scales)
+
+        self._share(tokens, LAID_OUT, lay_out)
+        return made
+
+
+def multiply_halves(items: Bits, starts: Starts, halves: Halves, room: Room) -> torch.Tensor:
+    """The product of each row, of floats or int8, with each token: float32 [rows, tokens], in the
+    thread's own memory."""
+    numbers, scales = halves
+    count, tokens, whole = len(starts), len(scales), items.dtype == np.int8
+    row_scales = np.empty(count, np.float32)
+    high = room("high", (count, numbers.shape[1]), torch.int8)
+    both = room("both", (count, 2 * tokens), torch.int32)
+    of_low = room("of_low", (count, 0 if whole else tokens), torch.int32)
+    if whole:
+        gather_rows(items, starts, high.numpy(), row_scales)
+    else:
+        low = room("low", (count, numbers.shape[1]), torch.int8)
+        halve_rows(items, starts, high.numpy(), low.numpy(), row_scales)
+        torch._int_mm(low, numbers[:tokens].T, out=of_low)
+    torch._int_mm(high, numbers.T, out=both)
+    made = room("made", (count, tokens), torch.float32)
+    join(both.numpy(), of_low.numpy(), row_scales, scales, made.numpy())
+    return made
+
+
+@dataclass(frozen=True)
+class BlockProbe:
+    """How long one thread takes here for a block's products with float32 rows, with float16 ones in
+    halves, and with int8 ones in halves, microseconds; and whether integers came out right."""
+
+    float32_us: float
+    float16_us: float
+    int8_us: float
+    right: bool
+
+    @property
+    def names(self) -> list[str]:
+        """The number formats of rows that are best multiplied in integers."""
+        times = {"float16": self.float16_us, "int8": self.int8_us, "int4": self.float16_us}
+        return [name for name, us in times.items() if self.right and us < self.float32_us]
+
+    @property
+    def halved(self) -> list[np.dtype[Any]]:
+        """Their dtypes."""
+        return [np.dtype(BITS[name]) for name in self.names]
+
+
+def probe_blocks() -> BlockProbe:
+    """Times the ways by turns, medians, and tries integers at their largest: some processors add
+    two products up in 16 bits and lose what is above."""
+    shape, tokens = (PROBE_ROWS, PROBE_WIDTH), Tokens(torch.ones(PROBE_TOKENS, PROBE_WIDTH), _alone)
+    wide, rooms = torch.ones(shape), dict[str, torch.Tensor]()
+    starts = np.arange(PROBE_ROWS, dtype=np.int64) * PROBE_WIDTH
+
+    def room(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        return rooms.setdefault(name, torch.empty(shape, dtype=dtype))
+
+    def of(name: str) -> Callable[[], object]:
+        items = np.ones(wide.numel(), BITS[name])
+        return lambda: multiply_halves(items, starts, tokens.halves, room)
+
+    ways: Mapping[str, Callable[[], object]] = {
+        "float32_us": lambda: torch.mm(wide, tokens.columns),
+        "float16_us": of("float16"),
+        "int8_us": of("int8"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(1 + PROBE_TURNS):
+        for name, way in ways.items():
+            rooms.clear()
+            began = time.perf_counter()
+            way()
+            if turn:  # in the first, kernels are made
+                times[name].append((time.perf_counter() - began) * 1e6)
+    largest = torch.full((PROBE_ROWS, PROBE_WIDTH), 127, dtype=torch.int8)
+    made = torch._int_mm(largest, torch.full((PROBE_TOKENS, PROBE_WIDTH), -128, dtype=torch.int8).T)
+    right = bool((made == -128 * 127 * PROBE_WIDTH).all())
+    return BlockProbe(
+        **{name: statistics.median(each) for name, each in times.items()}, right=right
+    )
+
+
+def _alone(count: int, step: int, work: Callable[[int, int], None]) -> None:
+    work(0, count)
