@@ -5,8 +5,11 @@ turns with it, while it is idle, programs of their own measure what the time can
 which the larger counts:
 
     read_s      bytes of the FFN, once a block of tokens ÷ bytes that the drive gives in a second
-    multiply_s  operations of all products with weights ÷ those of one large float32 product, a
-                second, by torch with all threads; the better of before and after the prompt
+    multiply_s  operations of all products with weights ÷ those of one large product, a second, by
+                torch with all threads; the better of before and after the prompt, and of float32
+                and integers (common/halves.py), for rows that may be multiplied so
+
+Beside it stands the ratio to what it would be with float32 alone.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import numpy as np
 from common.bench.floors import drive_bytes_per_s
 from common.errors import UserError
 from common.forecast.shapes import multiplied_bytes
+from common.halves import PRODUCTS
 from common.launch import Server
 from common.limits import READ_BYTES_MAX
 from common.plan import make_plan
@@ -44,11 +48,22 @@ class Work:
 
     ffn_bytes: int
     drive_bytes_per_s: float
-    operations: float
+    operations: dict[str, float]  # by the number format of the rows
 
     @property
     def read_s(self) -> float:
         return self.ffn_bytes / self.drive_bytes_per_s
+
+    def float32_s(self, gemm: dict[str, float]) -> float:
+        """Of the products, at so many operations a second by `measure_products`."""
+        return sum(self.operations.values()) / gemm["float32"]
+
+    def multiply_s(self, gemm: dict[str, float]) -> float:
+        """The same, of each number format in the faster way."""
+        return sum(
+            count / max(gemm["float32"], gemm["int8"] / PRODUCTS.get(name, math.inf))
+            for name, count in self.operations.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -56,9 +71,10 @@ class Timed:
     """A prompt's time, and what the cores did beside it."""
 
     seconds: float
-    operations_per_s: float
     multiply_s: float
+    float32_s: float
     ratio: float  # to the larger of the floors
+    float32_ratio: float
 
 
 @click.command()
@@ -83,10 +99,11 @@ def main(store: Path, tokens: int, prompts: int, as_json: bool, **options: str |
         return
     print(f"reads     {work.read_s:6.2f} s: {work.ffn_bytes / 1e9:.2f} GB at"
           f" {work.drive_bytes_per_s / 1e9:.2f} GB/s")  # fmt: skip
+    print(f"operations {sum(work.operations.values()) / 1e12:.3f} T")
     for one in timed:
-        print(f"products  {one.multiply_s:6.2f} s: {work.operations / 1e12:.3f} T at"
-              f" {one.operations_per_s / 1e9:.1f} G/s; the prompt {one.seconds:.2f} s,"
-              f" {one.ratio:.2f} × the larger")  # fmt: skip
+        print(f"products  {one.multiply_s:6.2f} s, {one.float32_s:6.2f} s in float32; the prompt"
+              f" {one.seconds:.2f} s, {one.ratio:.2f} × the larger, {one.float32_ratio:.2f} × in"
+              " float32")  # fmt: skip
     print(f"median    {ratio:6.2f} ×")
 
 
@@ -97,11 +114,18 @@ def work_of(store: Store, tokens: int, settings: dict[str, str]) -> Work:
     drive = measure_drive(store.path, "--bundles", f"{bundles}")
     sizes = {name: tensor.nbytes for name, tensor in store.resident_tensors().items()}
     head = max(sizes.values())  # the embedding's, or the head's: of a prompt one row is multiplied
-    weights = (multiplied_bytes(sizes) - head) // geometry.item_bytes
-    weights += geometry.layers * geometry.neurons * len(geometry.parts) * geometry.hidden
+    resident = (multiplied_bytes(sizes) - head) // geometry.item_bytes
+    ffn = geometry.layers * geometry.neurons * len(geometry.parts) * geometry.hidden
+    packed = settings.get("resident", "float")
+    operations = dict[str, float]()
+    for name, weights in (
+        (geometry.compute_dtype if packed == "float" else packed, resident),
+        (geometry.number_format, ffn),
+    ):
+        operations[name] = operations.get(name, 0.0) + 2.0 * weights * tokens
     blocks = math.ceil(tokens / make_plan(Server(settings).settings, store).block)
     speed = drive_bytes_per_s(drive["points"], READ_BYTES_MAX)
-    return Work(blocks * geometry.ffn_bytes, speed, 2.0 * weights * tokens)
+    return Work(blocks * geometry.ffn_bytes, speed, operations)
 
 
 def ask(work: Work, tokens: int, prompts: int, settings: dict[str, str]) -> list[Timed]:
@@ -119,9 +143,10 @@ def ask(work: Work, tokens: int, prompts: int, settings: dict[str, str]) -> list
         for row in rows[1:].tolist():
             seconds = first_token_s(client, row)
             after = measure_products("--gemm")["gemm"]
-            multiply_s = work.operations / max(before, after)
-            ratio = seconds / max(multiply_s, work.read_s)
-            found.append(Timed(seconds, max(before, after), multiply_s, ratio))
+            best = {name: max(before[name], after[name]) for name in before}
+            floors = work.multiply_s(best), work.float32_s(best)
+            ratios = (seconds / max(floor, work.read_s) for floor in floors)
+            found.append(Timed(seconds, *floors, *ratios))
             before = after
     return found
 

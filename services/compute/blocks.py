@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common.halves import gather_rows, halve_rows, halve_tokens, join
+from common.halves import PRODUCTS, gather_rows, halve_rows, halve_tokens, join
 from common.kernels import BITS
 from common.packed import Bits, Floats, Starts
 
@@ -28,7 +28,7 @@ Room = Callable[[str, tuple[int, int], torch.dtype], torch.Tensor]
 """A thread's own memory by name, shape and dtype, whatever is in it, until it asks again."""
 
 LAID_OUT = 512  # numbers of a token, or as many tokens, that a thread lays out at a time
-PROBE_ROWS, PROBE_TOKENS, PROBE_WIDTH, PROBE_TURNS = 256, 128, 2048, 5
+PROBE_ROWS, PROBE_TOKENS, PROBE_WIDTH, PROBE_TURNS = 256, 256, 2048, 5
 
 
 class Halves(NamedTuple):
@@ -108,8 +108,9 @@ class BlockProbe:
     @property
     def names(self) -> list[str]:
         """The number formats of rows that are best multiplied in integers."""
-        times = {"float16": self.float16_us, "int8": self.int8_us, "int4": self.float16_us}
-        return [name for name, us in times.items() if self.right and us < self.float32_us]
+        times = {3: self.float16_us, 2: self.int8_us}  # int4 rows become floats first
+        faster = [count for count, us in times.items() if us < self.float32_us]
+        return [name for name, count in PRODUCTS.items() if self.right and count in faster]
 
     @property
     def halved(self) -> list[np.dtype[Any]]:

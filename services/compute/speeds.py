@@ -5,8 +5,9 @@ line.
              row, a firing neuron's other rows, keys and values
     block    seconds per byte of a block of BLOCK_ROWS tokens: resident matrices, and an FFN that
              fires 3.3 %
-    gemm     of a prompt's block of GEMM_ROWS tokens, float32: operations per second of one product
-             of torch's, of all threads, where nothing is widened and nothing read
+    gemm     of a prompt's block of GEMM_ROWS tokens: operations per second of one product of
+             torch's, of all threads, where nothing is laid out and nothing read: of float32, and of
+             int8 numbers, of which halves.py takes two or three products for one
 
 By the number format of the store: a bfloat16 one is computed in float32, and its resident bytes are
 counted as float32. measure.py compares other ways to make the same products.
@@ -92,14 +93,21 @@ def block(dtype: str, products: Products) -> dict[str, list[float]]:
     return found
 
 
-def gemm(threads: int) -> float:
+def gemm(threads: int) -> dict[str, float]:
     """Operations per second of the faster of torch's two ways to lay a product out."""
     x, matrix = torch.randn(GEMM_ROWS, HIDDEN), torch.randn(HIDDEN, HIDDEN)
+    numbers, rows = ((each * 20).to(torch.int8) for each in (x, matrix))
+    pairs: dict[str, Sequence[Callable[[], Any]]] = {
+        "float32": (lambda: x @ matrix.T, lambda: matrix @ x.T),
+        "int8": (
+            lambda: torch._int_mm(numbers, rows.T),
+            lambda: torch._int_mm(rows, numbers.T),
+        ),
+    }
     torch.set_num_threads(threads)
-    ways: list[Callable[[], Any]] = [lambda: x @ matrix.T, lambda: matrix @ x.T]
-    seconds = min(_seconds(way, TURNS) for way in ways)
+    seconds = {name: min(_seconds(way, TURNS) for way in ways) for name, ways in pairs.items()}
     torch.set_num_threads(1)
-    return 2 * x.numel() * HIDDEN / seconds
+    return {name: 2 * x.numel() * HIDDEN / each for name, each in seconds.items()}
 
 
 def _torch(dtype: str) -> torch.dtype:
