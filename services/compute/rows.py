@@ -6,12 +6,11 @@ packed ones are multiplied as they are packed.
 
 from __future__ import annotations
 
-from mmap import mmap
-
 import numpy as np
 import torch
 
 from common.kernels import BITS
+from common.segment import Region
 from common.store.geometry import Geometry
 from services.compute.blocks import Tokens
 from services.compute.products import Bits, Products, Starts, Sums, Take
@@ -20,7 +19,7 @@ from services.compute.products import Bits, Products, Starts, Sums, Take
 class CacheRows:
     """The rows of the cache's bytes, `region`."""
 
-    def __init__(self, region: mmap | bytearray, geometry: Geometry, products: Products):
+    def __init__(self, region: Region, geometry: Geometry, products: Products):
         self._items: Bits = np.frombuffer(region, BITS[geometry.number_format])
         self._products = products
         self.few = products.few_at_most(self._items)

@@ -6,11 +6,10 @@ pages are allocated, so that a machine without memory is an answer here and no S
 
 from __future__ import annotations
 
-import mmap
 from pathlib import Path
 
 from common.plan import Plan
-from common.segment import give_back, take_again
+from common.segment import Region, give_back, take_again
 from services.reader.fetches import Fetches
 from services.reader.pressure import Pressure
 
@@ -18,7 +17,7 @@ from services.reader.pressure import Pressure
 class Footprint:
     """Shrinks and grows the cache of `fetches`, whose bytes are `region`, the file at `path`."""
 
-    def __init__(self, fetches: Fetches, plan: Plan, region: mmap.mmap, path: Path) -> None:
+    def __init__(self, fetches: Fetches, plan: Plan, region: Region, path: Path) -> None:
         self._fetches = fetches
         self._region = region
         self._path = path

@@ -18,7 +18,7 @@ from common import pagecache
 from common.cgroup import machine_bytes, memory_groups
 from common.errors import UserError
 from common.pagecache import forget_imports
-from common.segment import SHM, create_segment, give_back, take_again
+from common.segment import LARGE, SHM, attach_segment, create_segment, give_back, take_again
 from common.store.store import forget_pages
 from services.reader.pressure import (
     GROW_AFTER_S,
@@ -276,17 +276,17 @@ def _is_cached(fd: int) -> bool:
 
 @pytest.mark.skipif(not SHM.is_dir(), reason="pages of a mapping are given back on Linux alone")
 class TestPages:
-    SLOTS = 64
-
-    def test_slots_give_their_pages_back_and_take_them_again(self) -> None:
+    @pytest.mark.parametrize("slots", [64, 3 * LARGE // STRIDE + 5])
+    def test_slots_give_their_pages_back_and_take_them_again(self, slots: int) -> None:
         path = SHM / f"inflash-test-{os.getpid()}"
-        with create_segment(path, self.SLOTS * STRIDE) as region:
+        with create_segment(path, slots * STRIDE) as region:
             memory = np.frombuffer(region, np.uint8).reshape(-1, STRIDE)
-            memory[:] = np.arange(self.SLOTS, dtype=np.uint8)[:, None] + 1
+            assert memory.ctypes.data % LARGE == 0, "large pages have no place"
+            memory[:] = np.arange(slots)[:, None] % 250 + 1
             before = memory.copy()
             full = path.stat().st_blocks
             gone = np.array([7, 3, 4, 5, 40], np.int32)
-            kept = np.setdiff1d(np.arange(self.SLOTS), gone)
+            kept = np.setdiff1d(np.arange(slots), gone)
             assert give_back(region, gone, STRIDE)
             assert path.stat().st_blocks == full - len(gone) * STRIDE // 512
             assert (memory[kept] == before[kept]).all()
@@ -295,8 +295,9 @@ class TestPages:
             assert not memory[gone].any(), "new pages are empty"
             assert (memory[kept] == before[kept]).all()
             memory[gone] = 9
-            assert (memory[gone] == 9).all()
-            del memory
+            other = np.frombuffer(attach_segment(path, slots * STRIDE), np.uint8)
+            assert (other.reshape(-1, STRIDE) == memory).all()
+            del memory, other
         assert not path.exists()
 
     def test_no_slots_are_no_pages(self) -> None:
