@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,20 +97,19 @@ def multiply_halves(items: Bits, starts: Starts, halves: Halves, room: Room) -> 
 
 @dataclass(frozen=True)
 class BlockProbe:
-    """How long one thread takes here for a block's products with float32 rows, with float16 ones in
-    halves, and with int8 ones in halves, microseconds; and whether integers came out right."""
+    """How long a block's products take one thread here, microseconds: in float32, and in integers
+    by the number format of the rows; and whether integers come out right."""
 
     float32_us: float
     float16_us: float
     int8_us: float
+    int4_us: float
     right: bool
 
     @property
     def names(self) -> list[str]:
         """The number formats of rows that are best multiplied in integers."""
-        times = {3: self.float16_us, 2: self.int8_us}  # int4 rows become floats first
-        faster = [count for count, us in times.items() if us < self.float32_us]
-        return [name for name, count in PRODUCTS.items() if self.right and count in faster]
+        return [n for n in PRODUCTS if self.right and getattr(self, f"{n}_us") < self.float32_us]
 
     @property
     def halved(self) -> list[np.dtype[Any]]:
@@ -120,13 +119,13 @@ class BlockProbe:
 
 def probe_blocks() -> BlockProbe:
     """Times the ways by turns, medians, and tries integers at their largest: some processors add
-    two products up in 16 bits and lose what is above."""
+    two products up in 16 bits and lose what is above. The kernels are compiled then, too."""
     shape, tokens = (PROBE_ROWS, PROBE_WIDTH), Tokens(torch.ones(PROBE_TOKENS, PROBE_WIDTH), _alone)
-    wide, rooms = torch.ones(shape), dict[str, torch.Tensor]()
-    starts = np.arange(PROBE_ROWS, dtype=np.int64) * PROBE_WIDTH
+    wide, starts = torch.ones(shape), np.arange(PROBE_ROWS, dtype=np.int64) * PROBE_WIDTH
 
+    @cache
     def room(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-        return rooms.setdefault(name, torch.empty(shape, dtype=dtype))
+        return torch.empty(shape, dtype=dtype)
 
     def of(name: str) -> Callable[[], object]:
         items = np.ones(wide.numel(), BITS[name])
@@ -136,21 +135,20 @@ def probe_blocks() -> BlockProbe:
         "float32_us": lambda: torch.mm(wide, tokens.columns),
         "float16_us": of("float16"),
         "int8_us": of("int8"),
+        "int4_us": of("float32"),  # what int4 rows become first, either way
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(1 + PROBE_TURNS):
         for name, way in ways.items():
-            rooms.clear()
             began = time.perf_counter()
             way()
-            if turn:  # in the first, kernels are made
+            if turn:  # before it kernels are made, and memory
                 times[name].append((time.perf_counter() - began) * 1e6)
-    largest = torch.full((PROBE_ROWS, PROBE_WIDTH), 127, dtype=torch.int8)
-    made = torch._int_mm(largest, torch.full((PROBE_TOKENS, PROBE_WIDTH), -128, dtype=torch.int8).T)
-    right = bool((made == -128 * 127 * PROBE_WIDTH).all())
-    return BlockProbe(
-        **{name: statistics.median(each) for name, each in times.items()}, right=right
-    )
+    high = torch.full((PROBE_ROWS, PROBE_WIDTH), 127, dtype=torch.int8)
+    least = torch.full((PROBE_TOKENS, PROBE_WIDTH), -128, dtype=torch.int8)
+    right = bool((torch._int_mm(high, least.T) == 127 * -128 * PROBE_WIDTH).all())
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    return BlockProbe(**medians, right=right)
 
 
 def _alone(count: int, step: int, work: Callable[[int, int], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -122,10 +123,10 @@ def test_a_module_gives_few_tokens_what_it_gives_a_block(number_format: str) -> 
 
 
 def test_integers_are_taken_where_they_are_faster_and_right() -> None:
-    slow = BlockProbe(float32_us=1, float16_us=2, int8_us=2, right=True)
-    some = BlockProbe(float32_us=3, float16_us=4, int8_us=2, right=True)
-    fast = BlockProbe(float32_us=3, float16_us=2, int8_us=1, right=True)
-    wrong = BlockProbe(float32_us=3, float16_us=2, int8_us=1, right=False)
+    slow = BlockProbe(float32_us=1, float16_us=2, int8_us=2, int4_us=2, right=True)
+    some = dataclasses.replace(slow, float32_us=3, float16_us=4, int4_us=4)
+    fast = dataclasses.replace(slow, float32_us=3)
+    wrong = dataclasses.replace(fast, right=False)
     assert [probe.names for probe in (slow, some, wrong)] == [[], ["int8"], []]
     assert fast.names == list(FORMATS)
     assert fast.halved == HALVED
@@ -134,7 +135,7 @@ def test_integers_are_taken_where_they_are_faster_and_right() -> None:
 
 def test_the_probe_measures() -> None:
     probe = probe_blocks()
-    assert min(probe.float32_us, probe.float16_us, probe.int8_us) > 0
+    assert min(probe.float32_us, probe.float16_us, probe.int8_us, probe.int4_us) > 0
     exact = torch.randint(-128, 128, (64, 512), dtype=torch.int8)
     made = torch._int_mm(exact, exact.T)
     right = torch.equal(made.double(), exact.double() @ exact.double().T)
