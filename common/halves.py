@@ -72,16 +72,12 @@ def join(both: Any, of_low: Any, row_scales: Any, scales: Any, out: Any) -> None
     `both` int32 [rows, 2 × tokens]: of a row's high half with each token's halves; `of_low` int32
     [rows, tokens], of its low half with each token's high one, or [rows, 0] if it has no low half.
     """
-    tokens = out.shape[1]
+    tokens, halved = out.shape[1], of_low.shape[1] > 0
     for i in range(out.shape[0]):
-        if of_low.shape[1]:
-            scale = row_scales[i] * np.float32(256)
-            for t in range(tokens):
-                rest = np.float32(both[i, tokens + t]) + np.float32(of_low[i, t])
-                value = np.float32(both[i, t]) * np.float32(256) + rest
-                out[i, t] = value * (scale * scales[t])
-        else:
-            for t in range(tokens):
-                rest = np.float32(both[i, tokens + t])
-                value = np.float32(both[i, t]) * np.float32(256) + rest
-                out[i, t] = value * (row_scales[i] * scales[t])
+        scale = row_scales[i] * np.float32(256 if halved else 1)
+        for t in range(tokens):
+            rest = np.float32(both[i, tokens + t])
+            if halved:
+                rest += np.float32(of_low[i, t])
+            value = np.float32(both[i, t]) * np.float32(256) + rest
+            out[i, t] = value * (scale * scales[t])

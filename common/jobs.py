@@ -226,15 +226,22 @@ def _floats_job(at: int, numbers: Any, items: Any) -> None:
         _add(at, numbers, items)
 
 
+@compiled
+def _rounded_of(numbers: Any) -> Any:
+    """The rounded vectors of a dot product of packed rows, and their scales."""
+    few = numbers[_FEW]
+    vectors = carray(pointer(numbers[_FIRST]), (few, numbers[_WIDTH]), np.int16)
+    return vectors, _floats(numbers[_SECOND], 1, few)[0]
+
+
 def _int8(at: int) -> None:
     numbers = _numbers_of(at)
-    items, few, count = _items_of(numbers, np.int8), numbers[_FEW], numbers[_COUNT]
+    items, count = _items_of(numbers, np.int8), numbers[_COUNT]
     if numbers[_WHAT] != _DOT:
         _add(at, numbers, items)
         return
-    starts, turns, out = _starts_of(numbers), _turns_of(at), _floats(numbers[_OUT], few, count)
-    vectors = carray(pointer(numbers[_FIRST]), (few, numbers[_WIDTH]), np.int16)
-    scales = _floats(numbers[_SECOND], 1, few)[0]
+    starts, turns = _starts_of(numbers), _turns_of(at)
+    out, (vectors, scales) = _floats(numbers[_OUT], numbers[_FEW], count), _rounded_of(numbers)
     first, end = next_turn(turns, numbers[_STEP], count)
     while first < end:
         dot8_at(items, starts, vectors, scales, first, end, out)
@@ -248,9 +255,8 @@ def _uint8(at: int) -> None:
     if numbers[_WHAT] != _DOT:
         _add(at, numbers, items)
         return
-    starts, turns, out = _starts_of(numbers), _turns_of(at), _floats(numbers[_OUT], few, count)
-    vectors = carray(pointer(numbers[_FIRST]), (few, numbers[_WIDTH]), np.int16)
-    scales = _floats(numbers[_SECOND], 1, few)[0]
+    starts, turns = _starts_of(numbers), _turns_of(at)
+    out, (vectors, scales) = _floats(numbers[_OUT], few, count), _rounded_of(numbers)
     sums = _floats(numbers[_THIRD], few, numbers[_WIDTH] // GROUP)
     first, end = next_turn(turns, numbers[_STEP], count)
     while first < end:

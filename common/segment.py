@@ -181,6 +181,8 @@ def attach_segment(path: Path, size_bytes: int) -> Region:
     """Maps the region that the reader made."""
     fd = os.open(path, os.O_RDWR)
     try:
+        if os.fstat(fd).st_size < size_bytes:  # else it would be a SIGBUS at the first read there
+            raise ValueError(f"{path} has less than {size_bytes:,} bytes")
         return _map(fd, size_bytes)
     finally:
         os.close(fd)

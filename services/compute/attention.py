@@ -7,7 +7,7 @@ would take it for FlashAttention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,17 +16,10 @@ from torch import nn
 from transformers import AttentionInterface
 
 from common.kernels import mix, score
+from services.compute.blocks import Share, alone
 from services.compute.products import SHARED_BYTES_MIN, Bits, bits_of
 
 ATTENTION = "single_sequence"
-
-Share = Callable[[int, int, Callable[[int, int], None]], None]
-"""Does work for all of a number of items, some at a time: see Products.share."""
-
-
-def alone(count: int, step: int, work: Callable[[int, int], None]) -> None:
-    """All at once, by this thread."""
-    work(0, count)
 
 
 class Held(NamedTuple):

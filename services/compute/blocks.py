@@ -9,8 +9,6 @@ server begins.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -22,13 +20,20 @@ import torch
 from common.halves import PRODUCTS, gather_rows, halve_rows, halve_tokens, join
 from common.kernels import BITS
 from common.packed import Bits, Floats, Starts
+from services.compute.turns import median_us
 
 Share = Callable[[int, int, Callable[[int, int], None]], None]
+"""Does work for all of a number of items, some at a time: see Products.share."""
 Room = Callable[[str, tuple[int, int], torch.dtype], torch.Tensor]
 """A thread's own memory by name, shape and dtype, whatever is in it, until it asks again."""
 
 LAID_OUT = 512  # numbers of a token, or as many tokens, that a thread lays out at a time
 PROBE_ROWS, PROBE_TOKENS, PROBE_WIDTH, PROBE_TURNS = 256, 256, 2048, 5
+
+
+def alone(count: int, step: int, work: Callable[[int, int], None]) -> None:
+    """A Share: all at once, by this thread."""
+    work(0, count)
 
 
 class Halves(NamedTuple):
@@ -44,18 +49,18 @@ class Tokens:
     asked for; not by a thread that has a share in a product."""
 
     def __init__(self, rows: torch.Tensor, share: Share):
-        self.rows, self._share = rows, share
+        self._rows, self._share = rows, share
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._rows)
 
     @cached_property
     def columns(self) -> torch.Tensor:
         """float32 [width, tokens]"""
-        out = torch.empty(self.rows.shape[1], len(self))
+        out = torch.empty(self._rows.shape[1], len(self))
 
         def lay_out(first: int, end: int) -> None:
-            out[first:end] = self.rows[:, first:end].T
+            out[first:end] = self._rows[:, first:end].T
 
         self._share(len(out), LAID_OUT, lay_out)
         return out
@@ -63,9 +68,9 @@ class Tokens:
     @cached_property
     def halves(self) -> Halves:
         """In integers."""
-        tokens, width = self.rows.shape
+        tokens, width = self._rows.shape
         numbers = torch.empty(2 * tokens, width, dtype=torch.int8)
-        made, rows = Halves(numbers, np.empty(tokens, np.float32)), self.rows.contiguous().numpy()
+        made, rows = Halves(numbers, np.empty(tokens, np.float32)), self._rows.contiguous().numpy()
 
         def lay_out(first: int, end: int) -> None:
             halve_tokens(rows, first, end, numbers.numpy(), made.scales)
@@ -120,7 +125,7 @@ class BlockProbe:
 def probe_blocks() -> BlockProbe:
     """Times the ways by turns, medians, and tries integers at their largest: some processors add
     two products up in 16 bits and lose what is above. The kernels are compiled then, too."""
-    shape, tokens = (PROBE_ROWS, PROBE_WIDTH), Tokens(torch.ones(PROBE_TOKENS, PROBE_WIDTH), _alone)
+    shape, tokens = (PROBE_ROWS, PROBE_WIDTH), Tokens(torch.ones(PROBE_TOKENS, PROBE_WIDTH), alone)
     wide, starts = torch.ones(shape), np.arange(PROBE_ROWS, dtype=np.int64) * PROBE_WIDTH
 
     @cache
@@ -137,19 +142,7 @@ def probe_blocks() -> BlockProbe:
         "int8_us": of("int8"),
         "int4_us": of("float32"),  # what int4 rows become first, either way
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(1 + PROBE_TURNS):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            if turn:  # before it kernels are made, and memory
-                times[name].append((time.perf_counter() - began) * 1e6)
     high = torch.full((PROBE_ROWS, PROBE_WIDTH), 127, dtype=torch.int8)
     least = torch.full((PROBE_TOKENS, PROBE_WIDTH), -128, dtype=torch.int8)
     right = bool((torch._int_mm(high, least.T) == 127 * -128 * PROBE_WIDTH).all())
-    medians = {name: statistics.median(each) for name, each in times.items()}
-    return BlockProbe(**medians, right=right)
-
-
-def _alone(count: int, step: int, work: Callable[[int, int], None]) -> None:
-    work(0, count)
+    return BlockProbe(**median_us(ways, PROBE_TURNS), right=right)

@@ -6,9 +6,7 @@ that float and packed rows never lie in memory together.
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +20,7 @@ from common.store.store import forget_pages
 from common.store.tensors import Tensor, read_exactly, to_float32
 from services.compute.blocks import Tokens
 from services.compute.products import Bits, Products, Starts, bits_of
+from services.compute.turns import median_us
 
 PROBE_TURNS = 7
 CHUNK_ROWS = 512  # of a matrix that are read and packed at a time
@@ -157,14 +156,11 @@ def probe_int8(linear: RowLinear) -> Int8Probe:
     """Times both on a module's own int8 rows, by turns; medians."""
     row = torch.ones(len(linear.rows.items) // len(linear.rows.starts))
     matrix, scales = int8_of(linear.rows)
-    ways = (lambda: linear(row), lambda: by_torch(row[None], matrix, scales))
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(PROBE_TURNS):
-        for way, taken in zip(ways, times, strict=True):
-            began = time.perf_counter()
-            way()
-            taken.append((time.perf_counter() - began) * 1e6)
-    return Int8Probe(*(statistics.median(taken) for taken in times))
+    ways: dict[str, Callable[[], object]] = {
+        "ours_us": lambda: linear(row),
+        "torch_us": lambda: by_torch(row[None], matrix, scales),
+    }
+    return Int8Probe(**median_us(ways, PROBE_TURNS))
 
 
 def choose_int8(model: nn.Module) -> Int8Probe | None:

@@ -7,8 +7,6 @@ cache, and keys and values. Prints microseconds (medians) and ratios to the way 
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import click
@@ -23,6 +21,7 @@ from services.compute.attention import attend
 from services.compute.linear import RowLinear, Rows, rows_of
 from services.compute.products import Products
 from services.compute.rows import CacheRows
+from services.compute.turns import median_us
 
 SLOTS, NAMED, FIRED, TURNS = 2000, 1600, 500, 9
 HEADS, WIDTH = 32, 128
@@ -177,13 +176,7 @@ def attention(dtype: torch.dtype, tokens: int) -> Ways:
 
 
 def show(dtype: str, ways: Ways) -> None:
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(TURNS):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            found[name].append((time.perf_counter() - began) * 1e6)
-    times = {name: statistics.median(each) for name, each in found.items()}
+    times = median_us(ways, TURNS)
     first = next(iter(times.values()))
     for name, us in times.items():
         print(f"{dtype:9} {name:48} {us:8.0f} µs  {us / first:5.2f}×")

@@ -1,7 +1,7 @@
 """The rows that lie in the cache, by slot: what a layer multiplies, where the reader put it.
 
-A row is one part of one bundle, [hidden]. All products are made in float32, whatever the rows are;
-packed ones are multiplied as they are packed.
+A row is one part of one bundle, [hidden]. All products are float32, whatever the rows are; packed
+ones are multiplied as they are packed.
 """
 
 from __future__ import annotations

@@ -141,7 +141,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=cores(), help="of compute")
     parser.add_argument("--gemm", action="store_true", help="that alone: seconds, not minutes")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     products = Products(given.threads, probe_blocks().halved)
     torch.manual_seed(0)
     with torch.inference_mode():

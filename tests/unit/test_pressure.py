@@ -295,9 +295,12 @@ class TestPages:
             assert not memory[gone].any(), "new pages are empty"
             assert (memory[kept] == before[kept]).all()
             memory[gone] = 9
+            assert (memory[gone] == 9).all()
             other = np.frombuffer(attach_segment(path, slots * STRIDE), np.uint8)
             assert (other.reshape(-1, STRIDE) == memory).all()
             del memory, other
+            with pytest.raises(ValueError, match="less than"):
+                attach_segment(path, (slots + 1) * STRIDE)
         assert not path.exists()
 
     def test_no_slots_are_no_pages(self) -> None:
