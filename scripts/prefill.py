@@ -99,7 +99,7 @@ def main(store: Path, tokens: int, prompts: int, as_json: bool, **options: str |
         return
     print(f"reads     {work.read_s:6.2f} s: {work.ffn_bytes / 1e9:.2f} GB at"
           f" {work.drive_bytes_per_s / 1e9:.2f} GB/s")  # fmt: skip
-    print(f"operations {sum(work.operations.values()) / 1e12:.3f} T")
+    print(f"multiplies {sum(work.operations.values()) / 1e12:6.3f} T operations")
     for one in timed:
         print(f"products  {one.multiply_s:6.2f} s, {one.float32_s:6.2f} s in float32; the prompt"
               f" {one.seconds:.2f} s, {one.ratio:.2f} × the larger, {one.float32_ratio:.2f} × in"
