@@ -97,11 +97,12 @@ class Done:
 class Predict:
     """The FFN input of a layer; layer -1 is the embedding, from which layer 0 is looked ahead.
 
-    A block of many tokens needs the `whole` layer: `x` then holds its last row only, which the
-    next token's look-ahead starts from. A step that requests share has a row for each.
+    A block of many tokens needs the `whole` layer: `x` then holds the newest rows only, which the
+    next tokens' look-ahead starts from.
     """
 
-    requests: tuple[int, ...]  # whose row each is, or the one whose all rows are
+    requests: tuple[int, ...]
+    newest: tuple[int, ...]  # of each request, which row of x is its newest token
     step: int
     layer: int
     whole: bool

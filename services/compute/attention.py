@@ -37,11 +37,24 @@ class Held(NamedTuple):
         return (self.keys.nbytes + self.values.nbytes) // self.room * self.tokens
 
 
+class Stretch(NamedTuple):
+    """Of a block of several sequences' tokens what is one's: how many of the queries, and keys and
+    values [kv heads, tokens, width] each."""
+
+    rows: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+Theirs = tuple[Held, ...] | tuple[Stretch, ...]
+"""What several sequences hold: a token of each is new, or some tokens."""
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor | tuple[Held, ...],
-    value: torch.Tensor | tuple[Held, ...],
+    key: torch.Tensor | Theirs,
+    value: torch.Tensor | Theirs,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     share: Share = alone,
@@ -50,26 +63,35 @@ def attend(
     """Attention of `query` [1, heads, rows, width] over key, value [1, kv heads, tokens, width].
 
     Returns [1, rows, heads, width] in the query's dtype, and no weights. Of a block of tokens the
-    heads are shared by `share`. In a step of several sequences, each has a query [heads, 1, width],
-    and keys and values of its own, `Held`: the sequences are shared, too.
+    heads are shared by `share`. Of several sequences the queries lie one behind another, and each
+    has keys and values of its own: with one query each the sequences are shared, too.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(key, tuple):
-        return _attend_each(query[:, :, 0], key, scale, share), None
-    assert isinstance(value, torch.Tensor)
-    if query.shape[2] == 1:
-        return _attend_one(query[0, :, 0], key[0], value[0], scale), None
-    return _attend_block(query[0], key[0], value[0], scale, share), None
+    query = query[0]
+    if isinstance(key, torch.Tensor):
+        assert isinstance(value, torch.Tensor)
+        return _attend_part(query, key[0], value[0], scale, share)[None], None
+    held = [theirs for theirs in key if isinstance(theirs, Held)]
+    if held:
+        return _attend_each(query.transpose(0, 1), held, scale, share)[None], None
+    outs, first = [], 0
+    for theirs in key:
+        assert isinstance(theirs, Stretch)
+        end = first + theirs.rows
+        part = query[:, first:end], theirs.keys, theirs.values
+        outs.append(_attend_part(*part, scale, share))
+        first = end
+    return torch.cat(outs)[None], None
 
 
 def _attend_each(
     query: torch.Tensor, held: Sequence[Held], scale: float, share: Share
 ) -> torch.Tensor:
     """One query of each sequence, [sequences, heads, width], over what it holds; as `_attend_one`
-    has it, to the bit."""
+    has it, to the bit: [sequences, heads, width]."""
     wide = (query.float() * scale).numpy()
-    out = torch.zeros(len(query), 1, *query.shape[1:])
-    mixed = out[:, 0].numpy()
+    out = torch.zeros(query.shape)
+    mixed = out.numpy()
 
     def work(first: int, end: int) -> None:
         for i in range(first, end):
@@ -82,6 +104,16 @@ def _attend_each(
     else:
         share(len(query), 1, work)
     return out.to(query.dtype)
+
+
+def _attend_part(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, share: Share
+) -> torch.Tensor:
+    """Queries [heads, rows, width] of one sequence over its key, value [kv heads, tokens, width]:
+    [rows, heads, width]."""
+    if query.shape[1] == 1:
+        return _attend_one(query[:, 0], key, value, scale)[None]
+    return _attend_block(query, key, value, scale, share)
 
 
 def _attend_block(
@@ -104,7 +136,7 @@ def _attend_block(
         out[:, first * group : end * group] = made[0].transpose(0, 1)
 
     share(kv_heads, 1, work)
-    return out[None]
+    return out
 
 
 def _attend_one(
@@ -115,7 +147,7 @@ def _attend_one(
     scores, out = torch.empty(heads, tokens), torch.zeros(heads, width)
     score((query.float() * scale).numpy(), *_whole(key), scores.numpy())
     mix(torch.softmax(scores, dim=1).numpy(), *_whole(value), out.numpy())
-    return out.to(query.dtype).view(1, 1, heads, width)
+    return out.to(query.dtype)
 
 
 def _whole(states: torch.Tensor) -> tuple[Bits, int]:

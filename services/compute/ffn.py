@@ -52,7 +52,7 @@ class FlashFFN(nn.Module):
         rows = x.reshape(-1, self.hidden)
         if len(rows) == 1:
             out = self._one(rows)
-        elif self.pipeline.shared or len(rows) <= self.pipeline.rows.few:
+        elif len(rows) <= self.pipeline.rows.few:
             out = self._few(rows)
         else:
             out = self._block(rows)
@@ -67,7 +67,8 @@ class FlashFFN(nn.Module):
         return out
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
-        """A token of each of a few requests: the union of their neurons, for each of them."""
+        """A few tokens, of one request or of several: the union of their neurons, for each of
+        them."""
         wide, out = rows.float(), torch.zeros(len(rows), self.hidden)
         for part in self.pipeline.parts(self.layer, rows):
             self._add_few(out, wide, part)

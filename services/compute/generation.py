@@ -80,6 +80,7 @@ class Generation:
         self.reused = sequence.count  # of the prompt's tokens, those whose states were kept
         self.aborted = False
         self.reason = ""
+        self.over = False  # its client knows that it is
         self.new_tokens = 0
         self.block = 0  # tokens of the prompt in the step that runs, or ran last
         self.last_step = 0  # its number
@@ -99,17 +100,17 @@ class Generation:
         return self.admit.request
 
     @property
-    def prefilling(self) -> bool:
-        """Whether more of its prompt has to go through the model before there is a token."""
-        return self.sequence.count < self._prompt
+    def left(self) -> int:
+        """Tokens of its prompt that have to go through the model before there is one of its
+        answer."""
+        return max(self._prompt - self.sequence.count, 0)
 
     def next(self, most: int) -> tuple[torch.Tensor, int]:
         """What goes through the model next: token ids int64 [tokens], at most `most` of the prompt,
         and the position of the first."""
         first = self.sequence.count
-        end = min(first + most, self._prompt) if self.prefilling else first + 1
-        self.block = end - first
-        return self._tokens[first:end], first
+        self.block = min(self.left, most) or 1
+        return self._tokens[first : first + self.block], first
 
     def went(self, tokens: torch.Tensor, position: int, waits: Many[LayerWaits]) -> None:
         """They went through it; `waits` are this request's."""

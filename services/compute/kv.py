@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from common.limits import KEPT_MAX
 from common.plan import kv_room
-from services.compute.attention import Held
+from services.compute.attention import Held, Stretch, Theirs
 from services.compute.products import Bits, bits_of
 
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
@@ -114,25 +114,39 @@ class KVLayer(CacheLayerMixin):
 
 
 class SharedLayer(CacheLayerMixin):
-    """One layer of several sequences in a step that they share: a token of each."""
+    """One layer of several sequences in a step that they share: some new tokens of each."""
 
-    def __init__(self, layers: Many[KVLayer]):
+    def __init__(self, layers: Many[KVLayer], counts: Many[int]):
+        """`counts`: how many tokens of each are new; they lie one sequence behind another."""
         super().__init__()
-        self._layers = layers
+        self._layers, self._counts = layers, counts
+        # All are past their prompts: these states are not their first.
+        self._one_each = max(counts) == 1 and all(layer.filled for layer in layers)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
 
     def update(  # type: ignore[override]  # what it returns goes to our attention alone
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[tuple[Held, ...], tuple[Held, ...]]:
-        """Appends row i of states [sequences, kv heads, 1, width] to sequence i; returns what each
-        holds, twice: keys and values are together."""
-        rows = key_states.shape[0], key_states.shape[1], key_states.shape[3]
-        keys, values = (bits_of(s.contiguous()).reshape(rows) for s in (key_states, value_states))
-        each = zip(self._layers, keys, values, strict=True)
-        held = tuple(layer.append(key, value) for layer, key, value in each)
+    ) -> tuple[Theirs, Theirs]:
+        """Appends states [1, kv heads, new tokens, width], to each sequence its own; returns what
+        each holds, twice: keys and values are together."""
+        held = (self._append_one_each if self._one_each else self._append)(key_states, value_states)
         return held, held
+
+    def _append_one_each(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[Held, ...]:
+        rows = (states[0].transpose(0, 1).contiguous() for states in (keys, values))
+        each = zip(self._layers, *(bits_of(row).reshape(row.shape) for row in rows), strict=True)
+        return tuple(layer.append(key, value) for layer, key, value in each)
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[Stretch, ...]:
+        parts, first = list[Stretch](), 0
+        for layer, count in zip(self._layers, self._counts, strict=True):
+            new = slice(first, first + count)
+            held = layer.update(keys[:, :, new], values[:, :, new])
+            parts.append(Stretch(count, held[0][0], held[1][0]))
+            first += count
+        return tuple(parts)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -247,9 +261,9 @@ def _rooms(sequences: Many[Sequence]) -> int:
     return sum(sequence.room for sequence in sequences)
 
 
-def shared(sequences: Many[Sequence]) -> Cache:
-    """The KV cache of a step: of one sequence its own, of several a token of each."""
+def shared(sequences: Many[Sequence], counts: Many[int]) -> Cache:
+    """The KV cache of a step with so many new tokens of each sequence."""
     if len(sequences) == 1:
         return sequences[0].cache
     each = zip(*(sequence.layers for sequence in sequences), strict=True)
-    return Cache(layers=[SharedLayer(layers) for layers in each])
+    return Cache(layers=[SharedLayer(layers, counts) for layers in each])

@@ -1,12 +1,13 @@
 """Compute's loop: takes admitted requests, runs them together, says Done of each.
 
-A turn: a block of one prompt, if there are prompts to compute, of one after another; then a step
-that all requests share that are past their prompts, a token of each. So who comes waits for its own
-prompt and no answer, and who is answered waits at most a block between two tokens.
+A turn: a block of prompts, if there are any to compute; then a step that all requests share that
+are past their prompts, a token of each. A block is as many prompts as it has room for, those first
+that waited the longest: a layer is streamed once for all of them. So who comes waits for no answer,
+and who is answered waits at most a block between two tokens.
 
 Owns resident weights and the KV cache. Listens for Abort between the parts of a prompt's layer, so
-that a cancelled prompt ends within a layer; a shared step ends for one at its end, and is given up
-when all of its requests are cancelled.
+that a cancelled request's client hears within a layer that it is over; a step is given up when all
+of its requests are cancelled.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ class ComputeLoop:
         if error:
             number = generation.request
             self._service.log.warning("request failed", request=number, reason=error)
-        self._finish(generation.admit, reason, failed_by, error, generation)
+        if not generation.over:
+            self._finish(generation.admit, reason, failed_by, error, generation)
 
     def _finish(
         self,
@@ -160,18 +162,20 @@ class ComputeLoop:
         self._answers.send(Done(admit.request, reason, failed_by, error, stats))
 
     def _turn(self) -> None:
-        """A block of one prompt, then a token of every answer."""
+        """A block of prompts, then a token of every answer."""
         running = self._running.values()
-        if prompts := [generation for generation in running if generation.prefilling]:
+        if prompts := [generation for generation in running if generation.left]:
             most = self._block
             if len(prompts) < len(running):
                 most = min(most, PREFILL_ROWS_SHARED_MAX)
-            self._run([min(prompts, key=lambda generation: generation.last_step)], most)
-        if answers := [generation for generation in running if not generation.prefilling]:
-            self._run(answers, 1)
+            prompts.sort(key=lambda generation: generation.last_step)
+            before = itertools.accumulate((generation.left for generation in prompts), initial=0)
+            self._run([g for g, tokens in zip(prompts, before) if tokens < most], most)  # noqa: B905
+        if answers := [generation for generation in running if not generation.left]:
+            self._run(answers, len(answers))
 
     def _run(self, generations: Many[Generation], most: int) -> None:
-        """A step of these requests: a token of each, or at most `most` of one's prompt."""
+        """A step of these requests: a token of each, or of their prompts `most`, together."""
         try:
             logits = self._run_model(generations, most)
         except StepAbortedError:
@@ -184,13 +188,18 @@ class ComputeLoop:
             for generation in generations:
                 self._end(generation, "failed", failure.service, str(failure))
             return
-        if not generations[0].prefilling:
-            self._choose(generations, logits)
+        self._choose(generations, logits)
 
     def _choose(self, generations: Many[Generation], logits: torch.Tensor) -> None:
-        """The next token of each, by `logits` float32 [requests, vocabulary]."""
+        """The next token of each that is past its prompt, by `logits` float32 [requests,
+        vocabulary]."""
         laps, chosen = self._pipeline.laps, list[tuple[Generation, Choice]]()
         for generation, row in zip(generations, logits, strict=True):
+            if generation.over:
+                self._end(generation, "cancelled")
+                continue
+            if generation.left:
+                continue
             try:
                 chosen.append((generation, generation.choose(row)))
             except StepFailedError as failure:
@@ -213,30 +222,36 @@ class ComputeLoop:
         self._service.count("tokens")
 
     def _run_model(self, generations: Many[Generation], most: int) -> torch.Tensor:
-        """One forward pass: the logits after each request's last token, float32 [requests,
+        """One forward pass: the logits after each request's newest token, float32 [requests,
         vocabulary]. Raises StepFailedError and StepAbortedError."""
         step, laps, pipeline = next(self._steps), self._pipeline.laps, self._pipeline
         numbers = tuple(generation.request for generation in generations)
         laps.turn(numbers, step)
         began_ns = laps.at_ns
+        parts = list[tuple[torch.Tensor, int]]()
+        for generation in generations:
+            parts.append(generation.next(most))
+            most -= generation.block
+        counts = [len(tokens) for tokens, _ in parts]
+        ends = list(itertools.accumulate(counts))
+        newest = tuple(end - 1 for end in ends)
         pipeline.begin(
             numbers,
+            newest,
             step,
             lambda: self._are_aborted(generations),
             lambda layer: self._layer_over(generations, layer),
         )
-        parts = [generation.next(most) for generation in generations]
-        rows = len(parts) * len(parts[0][0])
         output = self._model(
-            input_ids=torch.stack([tokens for tokens, _ in parts]),
-            position_ids=torch.stack([torch.arange(p, p + len(tokens)) for tokens, p in parts]),
-            past_key_values=shared([generation.sequence for generation in generations]),
+            input_ids=torch.cat([tokens for tokens, _ in parts])[None],
+            position_ids=torch.cat([torch.arange(p, p + len(tokens)) for tokens, p in parts])[None],
+            past_key_values=shared([generation.sequence for generation in generations], counts),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=torch.tensor(newest),
         )
         product_ns = laps.product_time.take()
         laps.lap("head", NO_LAYER, product_ns)
-        laps.since("step", began_ns, NO_LAYER, rows)
+        laps.since("step", began_ns, NO_LAYER, ends[-1])
         pipeline.waits[-1].compute_ns += product_ns
         self._count(pipeline.waits)
         for row, (generation, (tokens, position)) in enumerate(
@@ -245,20 +260,30 @@ class ComputeLoop:
             waits = [layer.share(row, len(generations)) for layer in pipeline.waits]
             generation.went(tokens, position, waits)
             generation.last_step = step
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits[0].float()
         return logits
 
     def _are_aborted(self, generations: Many[Generation]) -> bool:
+        """Whether all are, or this service is to end. Of some the clients hear at once; what is
+        computed for them is put away when the step is over."""
         self._take_control()
-        return all(g.aborted for g in generations) or not self._service.running()
+        if all(g.aborted for g in generations) or not self._service.running():
+            return True
+        for generation in generations:
+            if generation.aborted and not generation.over:
+                generation.over = True
+                self._finish(generation.admit, "cancelled", generation=generation)
+        return False
 
     def _layer_over(self, generations: Many[Generation], layer: int) -> None:
-        """Tells now and then how far a prompt is."""
-        generation, now = generations[0], time.monotonic()
-        if generation.prefilling and now - generation.told >= PREFILLING_EVERY_S:
-            generation.told = now
-            layers = self._store.geometry.layers
-            self._answers.send(generation.progress(layer + 1, layers, now))
+        """Tells now and then how far prompts are."""
+        now, layers = time.monotonic(), self._store.geometry.layers
+        for generation in generations:
+            if not generation.left or generation.over:
+                continue
+            if now - generation.told >= PREFILLING_EVERY_S:
+                generation.told = now
+                self._answers.send(generation.progress(layer + 1, layers, now))
 
     def _count(self, waits: list[LayerWaits]) -> None:
         """The counters of `inflash status`."""

@@ -55,6 +55,7 @@ class Pipeline:
         self._release = service.send_to("release")
         self._resident = service.receive_from("resident")
         self._requests: tuple[int, ...] = ()
+        self._newest: tuple[int, ...] = ()
         self._step = 0
         self._aborted: Callable[[], bool] = lambda: False
         self._layer_over: Callable[[int], None] = lambda _: None
@@ -87,21 +88,17 @@ class Pipeline:
         self.rows = CacheRows(region, self._geometry, self._products)
         self._release.send(Attached(os.getpid()))
 
-    @property
-    def shared(self) -> bool:
-        """Whether several requests have a row each in the step; else its rows are one's."""
-        return len(self._requests) > 1
-
     def begin(
         self,
         requests: tuple[int, ...],
+        newest: tuple[int, ...],
         step: int,
         aborted: Callable[[], bool],
         layer_over: Callable[[int], None],
     ) -> None:
-        """Starts a step; `aborted` is asked between parts whether to give it up, and `layer_over`
-        is told of each layer that is over."""
-        self._requests, self._step = requests, step
+        """Starts a step; `newest` says which row is each request's newest token. `aborted` is asked
+        between parts whether to give it up, and `layer_over` is told of each layer that is over."""
+        self._requests, self._newest, self._step = requests, newest, step
         self._aborted, self._layer_over = aborted, layer_over
         self.waits = []
 
@@ -128,7 +125,7 @@ class Pipeline:
                 waits.compute_ns += self.laps.lap("ffn", layer, resident.part, neurons)
             self._release.send(Release(self._step, layer, resident.part))
             self.laps.lap("release", layer, resident.part)
-            if not self.shared and len(x) > 1 and self._aborted():  # many tokens: it takes seconds
+            if len(x) > len(self._requests) and self._aborted():  # a block: it takes seconds
                 raise StepAbortedError
             if resident.left == 0:
                 self.laps.layer(layer, waits)
@@ -147,10 +144,13 @@ class Pipeline:
         self.laps.lap("ask", EMBEDDING)
 
     def _ask(self, layer: int, x: torch.Tensor) -> None:
-        whole = len(x) > PREDICT_ROWS_MAX
-        frame = (x[-1:] if whole else x).float().contiguous().numpy().tobytes()
-        trace = self.laps.trace
-        self._predict.send(Predict(self._requests, self._step, layer, whole, frame, trace))
+        whole, newest = len(x) > PREDICT_ROWS_MAX, self._newest
+        if whole:
+            x, newest = x[list(newest)], tuple(range(len(newest)))
+        frame = x.float().contiguous().numpy().tobytes()
+        self._predict.send(
+            Predict(self._requests, newest, self._step, layer, whole, frame, self.laps.trace)
+        )
 
     def _next(self, layer: int, waits: LayerWaits) -> Resident:
         since_ns, looked_ns = self.laps.at_ns, time.monotonic_ns()

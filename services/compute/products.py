@@ -23,6 +23,7 @@ import torch
 
 from common.jobs import Job, add_job, add_many_job, dot_job, listed, perform
 from common.kernels import BITS, add_fired_at, count_fired_at, list_fired_at, row_starts
+from common.limits import RUNNING_MAX
 from common.packed import pack_rows, vectors_for, widen_rows
 from common.store.geometry import GROUP
 from services.compute.blocks import Halves, Tokens, multiply_halves
@@ -42,6 +43,7 @@ FEW = {np.dtype(BITS["int8"]): 64, np.dtype(BITS["int4"]): 24}
 FEW_FLOATS = 16
 # Where blocks are multiplied in integers, which begins to be faster at fewer, or at more.
 FEW_HALVED = {np.dtype(BITS["float16"]): 24, np.dtype(BITS["int8"]): 32, np.dtype(BITS["int4"]): 48}
+assert RUNNING_MAX <= FEW_FLOATS, "a token of each request is few"
 # Of a block of tokens' products: rows, or columns of them, that are float32 at a time in a thread.
 CHUNK_ROWS = 256
 CHUNK_WIDTH = 512

@@ -59,13 +59,13 @@ class PredictorLoop:
         if self._looks_ahead and message.whole and message.layer + 1 < self._geometry.layers:
             self._send(message, message.layer + 1, True, self._whole_layer)
         elif self._looks_ahead and len(x) == len(message.requests):
-            # Of a block of tokens only the last has a token before it whose layers are known.
+            # Of a block of tokens only the first has a token before it whose layers are known.
             ahead = self._predictor.look_ahead(message.requests, message.layer, x)
             if ahead is not None:
                 self._send(message, message.layer + 1, True, ahead)
                 self._trace("ahead", message, message.layer + 1, ahead_ns, len(ahead))
-        for request, row in zip(message.requests, x[-len(message.requests) :], strict=True):
-            self._predictor.remember(request, message.layer, row)
+        for request, newest in zip(message.requests, message.newest, strict=True):
+            self._predictor.remember(request, message.layer, x[newest])
         self._service.count("predictions")
         self._service.count("predict_us", (time.monotonic_ns() - began_ns) // 1000)
 
@@ -94,7 +94,11 @@ class PredictorLoop:
 def input_of(message: Predict, geometry: Geometry) -> Floats | None:
     """The FFN input [rows, hidden] of a message, or None if it does not fit the model."""
     rows, rest = divmod(len(message.x), geometry.hidden * 4)
-    if rest or not 1 <= rows <= PREDICT_ROWS_MAX or len(message.requests) not in (1, rows):
+    if rest or not 1 <= rows <= PREDICT_ROWS_MAX:
+        return None
+    if not 1 <= len(message.requests) == len(message.newest):
+        return None
+    if not all(0 <= row < rows for row in message.newest):
         return None
     if not EMBEDDING <= message.layer < geometry.layers:
         return None

@@ -14,7 +14,7 @@ import pytest
 from common.bench.clients import measure_clients
 from common.trace.run import load_run
 from common.trace.verdict import CAUSES, judge
-from inflash import Client, RequestFailed
+from inflash import Client, Prefill, RequestFailed
 from scripts.trace import pieces
 from tests.conftest import Made, serving
 
@@ -23,23 +23,31 @@ LONG_S = 60.0
 
 
 class Asked(threading.Thread):
-    """A client of its own that asks once; `tokens` and `reason` are what came."""
+    """A client of its own that asks once; `tokens`, `told` and `reason` are what came."""
 
     def __init__(self, run_dir: Path, prompt: list[int], tokens: int, **options: Any):
         super().__init__()
         self.tokens: list[int] = []
         self.times: list[float] = []
+        self.told: list[Prefill] = []
         self.reason: str | None = None
         self.failed: RequestFailed | None = None
         self.stats: Any = None
         self.cancel_after = options.pop("cancel_after", None)
+        self.cancel_prompt = options.pop("cancel_prompt", False)
         self._run_dir, self._prompt = run_dir, prompt
         self._options = {"max_new_tokens": tokens, "ignore_eos": True} | options
         self.start()
 
     def run(self) -> None:
         with Client(self._run_dir) as client, contextlib.ExitStack() as stack:
-            answer = client.generate(self._prompt, **self._options)
+
+            def tell(prefill: Prefill) -> None:
+                self.told.append(prefill)
+                if self.cancel_prompt:
+                    answer.cancel()
+
+            answer = client.generate(self._prompt, on_prefill=tell, **self._options)
             stack.callback(answer.cancel)
             try:
                 for token in answer:
@@ -126,3 +134,35 @@ def test_a_decode_goes_on_between_the_blocks_of_a_long_prompt(made: Made, run_di
         assert len(meanwhile) > 10, "a token for almost every block"
         assert decoding.stats.decode_others_s > 0
         assert prompt.reason == "length"
+
+
+def test_prompts_that_wait_share_a_block(made: Made, run_dir: Path) -> None:
+    """They come while another is computed. One is cancelled in the middle of the block: its client
+    hears within a layer, and the others get what they get alone."""
+    prompts = [[at, *range(9, 8 + count)] for at, count in ((3, 50), (4, 20), (5, 70), (6, 30))]
+    options = {"predictor": "exact", "context": "256", "sequences": "4", "block": "128"}
+    with serving(made.store("opt"), run_dir, **options) as client:
+
+        def alone(prompt: list[int]) -> list[int]:
+            answer = client.generate(prompt, max_new_tokens=2, ignore_eos=True)
+            return [token.id for token in answer]
+
+        expected = [alone(prompt) for prompt in prompts]
+    slow = {"slow": "reads:100%:100ms", "cache": "30%"}  # a layer: longer than PREFILLING_EVERY_S
+    with serving(made.store("opt"), run_dir, **options | slow) as client:
+
+        def running(count: int) -> Callable[[], bool]:
+            return lambda: client.status()["queue"]["running"] == count
+
+        asked = [Asked(run_dir, list(range(7, 132)), 2)]
+        for at, prompt in enumerate(prompts):
+            until(running(at + 1))
+            asked.append(Asked(run_dir, prompt, 2, cancel_prompt=at == 0))
+        for each in asked:
+            each.join(LONG_S)
+        _, cancelled, *others = asked
+        assert (cancelled.reason, cancelled.tokens) == ("cancelled", [])
+        assert [each.tokens for each in others] == expected[1:]
+        # As many as there is room for in a block of 128 tokens, the last one in part.
+        assert [each.told[0].block for each in asked[1:4]] == [50, 20, 58]
+        assert {t.layers_done for t in cancelled.told} <= {1, 2}, "within a layer"

@@ -34,7 +34,7 @@ def steps_of(made: Generation, block: int) -> list[tuple[int, list[int]]]:
         tokens, position = made.next(block)
         steps.append((position, tokens.tolist()))
         made.went(tokens, position, [])
-        if not made.prefilling:
+        if not made.left:
             assert made.choose(SEVEN).token_id == 7
     return steps
 

@@ -216,22 +216,23 @@ def test_logits_are_those_of_a_whole_prompt(model: Any, prompt: list[int], runs:
 
 
 def test_a_shared_step_is_each_ones_own(model: Any) -> None:
-    """Sequences of different lengths, a token of each: as alone."""
-    prompts = [FIRST, [3, 4], [*FIRST, 30, 31, 32]]
-    alone, together = (Sequences(LAYERS, CONTEXT, 3 * UNIT, reuse=False) for _ in range(2))
+    """Sequences of different lengths, some tokens of each, or one: as alone."""
+    prompts = [FIRST, [3, 4], [*FIRST, 30, 31, 32], [6]]
+    alone, together = (Sequences(LAYERS, CONTEXT, 4 * UNIT, reuse=False) for _ in range(2))
     singles, batch = ([begun(s, ids) for ids in prompts] for s in (alone, together))
-    for ids, single, other in zip(prompts, singles, batch, strict=True):
-        run(model, single, ids)
-        run(model, other, ids)
-    for new in ([20, 21, 22], [23, 24, 25]):
-        expected = [run(model, s, [token]) for s, token in zip(singles, new, strict=True)]
+    later = [[20, 21], [22], [23, 24, 25], [26]]  # prompts in two blocks
+    for new in (prompts, later, [[20], [21], [22], [23]], [[24], [25], [26], [27]]):
+        expected = [run(model, s, ids) for s, ids in zip(singles, new, strict=True)]
+        counts = [len(ids) for ids in new]
+        ends = torch.tensor(counts).cumsum(0)
+        positions = [torch.arange(s.count, s.count + n) for s, n in zip(batch, counts, strict=True)]
         with torch.inference_mode():
             out = model(
-                input_ids=tokens(new)[:, None],
-                position_ids=tokens([s.count for s in batch])[:, None],
-                past_key_values=shared(batch), use_cache=True,
+                input_ids=torch.cat([tokens(ids) for ids in new])[None],
+                position_ids=torch.cat(positions)[None],
+                past_key_values=shared(batch, counts), use_cache=True,
+                logits_to_keep=ends - 1,
             ).logits  # fmt: skip
-            for sequence, token in zip(batch, new, strict=True):
-                sequence.hold(tokens([token]), sequence.count)
-        for row, logits in enumerate(expected):
-            assert torch.allclose(out[row, -1], logits, atol=1e-5)
+            for sequence, ids in zip(batch, new, strict=True):
+                sequence.hold(tokens(ids), sequence.count)
+        assert torch.allclose(out[0], torch.stack(expected), atol=1e-5)

@@ -64,7 +64,7 @@ SERVICE_MESSAGES = st.one_of(
     st.builds(messages.Health, TEXT, I64, FLOATS, I64, st.dictionaries(TEXT, I64)),
     st.builds(
         messages.Predict,
-        st.lists(I64, max_size=9).map(tuple),
+        *[st.lists(I64, max_size=9).map(tuple)] * 2,
         *[I64] * 2,
         st.booleans(),
         RAW,
