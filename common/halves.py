@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from common.integer_dot import round_at, scale_at
-from common.kernels import compiled, real
+from common.integer_dot import scale_at, steps_of
+from common.kernels import compiled
+from common.packed import widen_range_at
 
 LARGEST = 127 * 256  # so that a high half is at most 127
 # Products of halves that rows of a number format and tokens take, of those that may be so
@@ -25,33 +26,35 @@ PRODUCTS = {"float16": 3, "int8": 2, "int4": 3}
 def halve_tokens(rows: Any, first: int, end: int, halves: Any, scales: Any) -> None:
     """Of the tokens from `first` to `end` of `rows` float32 [tokens, width] the halves and scales:
     int8 [2 × tokens, width], the high ones first, and float32 [tokens]."""
-    tokens, width = rows.shape
-    numbers = np.empty(width, np.int16)
+    tokens = rows.shape[0]
     for t in range(first, end):
-        scales[t] = round_at(rows[t], LARGEST, numbers)
-        _halve(numbers, halves[t], halves[tokens + t])
+        scales[t] = _halve_at(rows[t], halves[t], halves[tokens + t])
 
 
 @compiled
 def halve_rows(items: Any, starts: Any, high: Any, low: Any, scales: Any) -> None:
-    """The halves and scales of the rows of floats that begin at `starts`: int8 [rows, width] each,
-    and float32 [rows]."""
+    """The halves and scales of the rows, of floats or int4, that begin at `starts`: int8 [rows,
+    width] each, and float32 [rows]."""
     width = high.shape[1]
-    wide, numbers = np.empty(width, np.float32), np.empty(width, np.int16)
+    wide = np.empty((1, width), np.float32)  # of one row: it stays in a core's nearest cache
     for i in range(starts.shape[0]):
-        row = items[starts[i] : starts[i] + width]
-        for k in range(width):
-            wide[k] = real(row[k])
-        scales[i] = round_at(wide, LARGEST, numbers)
-        _halve(numbers, high[i], low[i])
+        widen_range_at(items, starts[i : i + 1], width, 0, wide)
+        scales[i] = _halve_at(wide[0], high[i], low[i])
 
 
 @compiled
-def _halve(numbers: Any, high: Any, low: Any) -> None:
-    for k in range(numbers.shape[0]):
-        upper = (numbers[k] + 128) >> 8
-        high[k] = upper
-        low[k] = numbers[k] - upper * 256
+def _halve_at(x: Any, high: Any, low: Any) -> Any:
+    """Fills int8 `high` and `low` with the halves of float32 `x`, and returns its scale."""
+    scale, inverse = steps_of(x, LARGEST)
+    if inverse == 0:  # a product of 0 and NaN would be no number
+        high[:] = 0
+        low[:] = 0
+        return scale
+    for k in range(x.shape[0]):
+        number = np.int32(np.rint(x[k] * inverse))
+        high[k] = np.int8((number + np.int32(128)) >> np.int32(8))
+        low[k] = np.int8(number)  # its lowest 8 bits: what high × 256 leaves
+    return scale
 
 
 @compiled

@@ -228,9 +228,9 @@ _four4: Any = intrinsic(_sums4(VECTORS))
 
 
 @compiled
-def round_at(x: Any, most: int, out: Any) -> Any:
-    """Fills int16 `out` with the nearest to x ÷ what it returns, at most `most`: NaN where x has
-    one, or an inf."""
+def steps_of(x: Any, most: int) -> Any:
+    """The scale by which float32 `x` becomes integers of at most `most`, and what to multiply it
+    with: NaN and 0 where x has a NaN, or an inf."""
     # As integers the largest is found some at a time: a float32's order is that of its bits.
     bits, largest = x.view(np.uint32), np.uint32(0)
     for k in range(bits.shape[0]):
@@ -238,12 +238,22 @@ def round_at(x: Any, most: int, out: Any) -> Any:
         if size > largest:
             largest = size
     if largest >= INFINITE:
-        out[:] = 0
-        return np.float32(np.nan)
+        return np.float32(np.nan), np.float32(0)
     scale = np.uint32(largest).view(np.float32) / np.float32(most)
     inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
     if inverse > LARGEST_FLOAT:  # of numbers next to nothing
         inverse = np.float32(0)
+    return scale, inverse
+
+
+@compiled
+def round_at(x: Any, most: int, out: Any) -> Any:
+    """Fills int16 `out` with the nearest to x ÷ what it returns, at most `most`: NaN where x has
+    one, or an inf."""
+    scale, inverse = steps_of(x, most)
+    if inverse == 0:  # a product of 0 and NaN would be no number
+        out[:] = 0
+        return scale
     for k in range(x.shape[0]):
         out[k] = np.int16(np.rint(x[k] * inverse))
     return scale

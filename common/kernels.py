@@ -38,7 +38,7 @@ BITS: dict[str, npt.DTypeLike] = {
 VECTORS = 4  # that `dot_many_at` multiplies a row with at a time
 TILE_ROWS = 32  # rows that are taken for one vector after another while they are in a core's cache
 
-_CACHED = ("kernels", "integer_dot", "halves", "packed", "native", "jobs")
+_CACHED = ("kernels", "integer_dot", "halves", "packed", "native", "jobs", "fired")
 
 
 def _keep_apart() -> None:
@@ -227,43 +227,6 @@ def end_of(ends: Any, done: int, tile: int) -> Any:
 
 
 @compiled
-def count_fired_at(weights: Any, begins: Any) -> None:
-    """Where each vector's part of a list begins that has those of its rows whose weight is not 0.
-
-    `weights` float32 [rows, vectors]; `begins` int64 [vectors + 1], its last the list's length.
-    """
-    begins[:] = 0
-    for i in range(weights.shape[0]):
-        for b in range(weights.shape[1]):
-            begins[b + 1] += weights[i, b] != 0
-    for b in range(weights.shape[1]):
-        begins[b + 1] += begins[b]
-
-
-@compiled
-def list_fired_at(weights: Any, begins: Any, places: Any, values: Any) -> None:
-    """Fills that list: for each vector its rows' numbers, int64, in order, and their weights."""
-    ends = begins.copy()
-    for i in range(weights.shape[0]):
-        for b in range(weights.shape[1]):
-            if weights[i, b] != 0:
-                places[ends[b]], values[ends[b]] = i, weights[i, b]
-                ends[b] += 1
-
-
-@compiled
-def add_fired_at(rows: Any, begins: Any, places: Any, values: Any, out: Any) -> None:
-    """For each vector, out += Σ the rows that the list has for it, each times its weight.
-
-    `rows` float32 [rows, width] and `out` float32 [vectors, width], both contiguous.
-    """
-    width, items = out.shape[1], rows.reshape(rows.size)
-    for b in range(out.shape[0]):
-        first, end = begins[b], begins[b + 1]
-        add_at(items, places[first:end] * width, values[first:end], out[b])
-
-
-@compiled
 def widen_at(items: Any, starts: Any, out: Any) -> None:
     """out[i] = the row of `items` that begins at starts[i], as float32: `out` [rows, width]."""
     width = out.shape[1]
@@ -309,12 +272,7 @@ def mix(weights: Any, values: Any, room: int, out: Any) -> None:
 
 
 def compile_for(dtype: str) -> None:
-    """Compiles what attention and blocks of tokens take, states and rows of `dtype`, so that no
-    token waits for it."""
+    """Compiles what attention takes of states of `dtype`, so that no token waits for it."""
     wide, items = np.zeros((1, 1), np.float32), np.zeros(1, BITS[dtype])
-    begins, places = np.zeros(2, np.int64), np.zeros(1, np.int64)
-    count_fired_at(wide, begins)
-    list_fired_at(wide, begins, places, wide[0])
-    add_fired_at(wide, begins, places, wide[0], wide)
     score(wide, items, 1, wide)
     mix(wide, items, 1, wide)

@@ -13,7 +13,8 @@ KV_ROOM_TOKENS = 64  # room in the KV cache is given out in so many tokens: whol
 PREFILL_ROWS_MAX = 512  # tokens of a prompt in one step, if nothing else is asked for
 PREFILL_ROWS_MIN = 64  # as few where memory is short
 PREFILL_ROWS_SHARED_MAX = 128  # while others decode, who wait for as long as a block takes
-PREDICT_ROWS_MAX = 16  # beyond this many tokens a step's union is nearly the whole layer
+PREDICT_ROWS_MAX = 16  # of a request with more tokens in a step the whole layer is taken
+PREDICT_TOGETHER_MAX = 64  # and of so many of several requests their union is nearly the whole
 PREDICT_REQUESTS_KEPT = 12  # of whose last tokens the predictor knows
 
 # Reads
@@ -59,8 +60,14 @@ CLIENT_HEARTBEAT_S = 1.0  # ZeroMQ's own, on the clients' connections
 CLIENT_LOST_S = 3.0  # a client whose connection is silent for this long is gone
 CLIENT_LINGER_S = 0.5  # at the end: the last words reach the clients' sockets
 
-assert PREDICT_ROWS_MAX < PREFILL_ROWS_MIN <= PREFILL_ROWS_SHARED_MAX <= PREFILL_ROWS_MAX
-assert RUNNING_MAX <= PREDICT_ROWS_MAX, "a shared step is predicted, not streamed whole"
+assert (
+    PREDICT_ROWS_MAX
+    < PREDICT_TOGETHER_MAX
+    <= PREFILL_ROWS_MIN
+    <= PREFILL_ROWS_SHARED_MAX
+    <= PREFILL_ROWS_MAX
+)
+assert RUNNING_MAX <= PREDICT_TOGETHER_MAX, "a shared step is predicted, not streamed whole"
 assert RUNNING_MAX < PREDICT_REQUESTS_KEPT
 assert READ_BYTES_MAX % ALIGN_BYTES == 0
 assert READ_BYTES_MAX <= PART_BYTES_MAX

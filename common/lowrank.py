@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import StoreError
-from common.limits import PREDICT_ROWS_MAX
+from common.limits import PREDICT_TOGETHER_MAX
 from common.store.geometry import Geometry
 from common.store.store import Store, forget_pages
 from common.store.tensors import Tensor, read_float32, read_header
@@ -77,7 +77,7 @@ class Int8Rows:
 
     def dot(self, x: Floats) -> Floats:
         """`x` [n, width] times every row: [n, rows]."""
-        if len(x) > PREDICT_ROWS_MAX:  # an evaluation's: not while a token waits
+        if len(x) > PREDICT_TOGETHER_MAX:  # an evaluation's: not while a token waits
             return (x @ self.values.astype(np.float32).T) * self.scales
         from common.kernels import dot_at, row_starts
 
@@ -104,7 +104,7 @@ class Int8Tall:
 
     def dot(self, x: Floats) -> Floats:
         """`x` [n, width] times every row: [n, rows]."""
-        if len(x) > PREDICT_ROWS_MAX:
+        if len(x) > PREDICT_TOGETHER_MAX:
             return (x @ self.values.astype(np.float32)) * self.scales
         from common.kernels import add_at, row_starts
 

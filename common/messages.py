@@ -106,7 +106,7 @@ class Predict:
     step: int
     layer: int
     whole: bool
-    x: Raw  # float32 [1 to PREDICT_ROWS_MAX rows, hidden]
+    x: Raw  # float32 [1 to PREDICT_TOGETHER_MAX rows, hidden]
     trace: bool = True
 
 

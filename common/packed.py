@@ -17,13 +17,14 @@ Rows are named by numpy's dtype, as in common/kernels.py: int8 are packed, uint8
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from common.integer_dot import round4, round8, scale_at
 from common.kernels import (
@@ -124,6 +125,19 @@ def _widen4_at(items: Any, starts: Any, width: int, begin: int, out: Any) -> Non
             for k in range(HALF):
                 to[g, k] = least + low(numbers[g, k]) * scale
                 to[g, k + HALF] = least + high(numbers[g, k]) * scale
+
+
+def widen_range_at(items: Any, starts: Any, width: int, begin: int, out: Any) -> None:
+    """`widen_at` of rows of `width` numbers, from number `begin`, as many as `out` has: of any
+    format; of int8 rows without their scales, of int4 ones `begin` is the first of a group."""
+    raise NotImplementedError  # kernels take what is below
+
+
+@overload(widen_range_at, strict=False)  # its names, with their types, are those of the others
+def _which_widens(items: Any, starts: Any, width: Any, begin: Any, out: Any) -> Callable[..., None]:
+    if items.dtype == types.uint8:
+        return lambda items, starts, width, begin, out: _widen4_at(items, starts, width, begin, out)
+    return lambda items, starts, width, begin, out: widen_at(items, starts + begin, out)
 
 
 @compiled

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from common.halves import PRODUCTS, gather_rows, halve_rows, halve_tokens, join
-from common.kernels import BITS
+from common.kernels import BITS, row_starts
 from common.packed import Bits, Floats, Starts
+from common.store.geometry import row_bytes
 from services.compute.turns import median_us
 
 Share = Callable[[int, int, Callable[[int, int], None]], None]
@@ -80,8 +81,8 @@ class Tokens:
 
 
 def multiply_halves(items: Bits, starts: Starts, halves: Halves, room: Room) -> torch.Tensor:
-    """The product of each row, of floats or int8, with each token: float32 [rows, tokens], in the
-    thread's own memory."""
+    """The product of each row with each token: float32 [rows, tokens], in the thread's own
+    memory."""
     numbers, scales = halves
     count, tokens, whole = len(starts), len(scales), items.dtype == np.int8
     row_scales = np.empty(count, np.float32)
@@ -126,21 +127,23 @@ def probe_blocks() -> BlockProbe:
     """Times the ways by turns, medians, and tries integers at their largest: some processors add
     two products up in 16 bits and lose what is above. The kernels are compiled then, too."""
     shape, tokens = (PROBE_ROWS, PROBE_WIDTH), Tokens(torch.ones(PROBE_TOKENS, PROBE_WIDTH), alone)
-    wide, starts = torch.ones(shape), np.arange(PROBE_ROWS, dtype=np.int64) * PROBE_WIDTH
+    wide = torch.ones(shape)
 
     @cache
     def room(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
 
     def of(name: str) -> Callable[[], object]:
-        items = np.ones(wide.numel(), BITS[name])
+        row = np.dtype(BITS[name])
+        width = row_bytes(name, PROBE_WIDTH) // row.itemsize
+        items, starts = np.ones(PROBE_ROWS * width, row), row_starts(PROBE_ROWS, width)
         return lambda: multiply_halves(items, starts, tokens.halves, room)
 
     ways: Mapping[str, Callable[[], object]] = {
         "float32_us": lambda: torch.mm(wide, tokens.columns),
         "float16_us": of("float16"),
         "int8_us": of("int8"),
-        "int4_us": of("float32"),  # what int4 rows become first, either way
+        "int4_us": of("int4"),
     }
     high = torch.full((PROBE_ROWS, PROBE_WIDTH), 127, dtype=torch.int8)
     least = torch.full((PROBE_TOKENS, PROBE_WIDTH), -128, dtype=torch.int8)

@@ -17,8 +17,10 @@ import itertools
 import time
 from collections.abc import Sequence as Many
 
+import numpy as np
 import torch
 
+from common.fired import compile_fired
 from common.jobs import compile_jobs
 from common.kernels import BITS, compile_for
 from common.lifecycle import Service
@@ -26,6 +28,7 @@ from common.limits import POLL_S, PREFILL_ROWS_SHARED_MAX, PREFILLING_EVERY_S, R
 from common.messages import Abort, Admit, Done, Token
 from common.plan import make_plan
 from common.spans import NO_LAYER, NO_STEP
+from common.store.geometry import GROUP
 from common.store.store import Store, read_end_ids
 from common.system import cores
 from inflash._messages import NO_STATS
@@ -59,6 +62,7 @@ class ComputeLoop:
         plan = make_plan(service.settings, store)
         geometry, resident = store.geometry, service.settings.resident
         compile_for(geometry.compute_dtype)
+        compile_fired(np.zeros(2 * GROUP, BITS[geometry.number_format]))
         packed = ("int8", "int4") if resident != "float" else ()  # int4: some matrices are int8
         for number_format in {geometry.number_format, geometry.compute_dtype, *packed}:
             compile_jobs(BITS[number_format])
@@ -233,11 +237,10 @@ class ComputeLoop:
             parts.append(generation.next(most))
             most -= generation.block
         counts = [len(tokens) for tokens, _ in parts]
-        ends = list(itertools.accumulate(counts))
-        newest = tuple(end - 1 for end in ends)
+        ends = torch.tensor(counts).cumsum(0)
         pipeline.begin(
             numbers,
-            newest,
+            counts,
             step,
             lambda: self._are_aborted(generations),
             lambda layer: self._layer_over(generations, layer),
@@ -247,11 +250,11 @@ class ComputeLoop:
             position_ids=torch.cat([torch.arange(p, p + len(tokens)) for tokens, p in parts])[None],
             past_key_values=shared([generation.sequence for generation in generations], counts),
             use_cache=True,
-            logits_to_keep=torch.tensor(newest),
+            logits_to_keep=ends - 1,
         )
         product_ns = laps.product_time.take()
         laps.lap("head", NO_LAYER, product_ns)
-        laps.since("step", began_ns, NO_LAYER, ends[-1])
+        laps.since("step", began_ns, NO_LAYER, sum(counts))
         pipeline.waits[-1].compute_ns += product_ns
         self._count(pipeline.waits)
         for row, (generation, (tokens, position)) in enumerate(

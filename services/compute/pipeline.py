@@ -6,9 +6,10 @@ from the moment it is yielded until the next one is asked for; then its slots ar
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,14 @@ import torch
 
 from common.errors import LinkError
 from common.lifecycle import Service
-from common.limits import PART_S, POLL_S, PREDICT_ROWS_MAX, SLEPT_S, START_S
+from common.limits import (
+    PART_S,
+    POLL_S,
+    PREDICT_ROWS_MAX,
+    PREDICT_TOGETHER_MAX,
+    SLEPT_S,
+    START_S,
+)
 from common.lowrank import EMBEDDING
 from common.messages import Attached, Cache, Drop, Predict, Release, Resident, Unreadable
 from common.segment import attach_segment, segment_path
@@ -55,7 +63,8 @@ class Pipeline:
         self._release = service.send_to("release")
         self._resident = service.receive_from("resident")
         self._requests: tuple[int, ...] = ()
-        self._newest: tuple[int, ...] = ()
+        self._newest: tuple[int, ...] = ()  # rows of the step, each request's newest token
+        self._whole = False  # whether it takes whole layers
         self._step = 0
         self._aborted: Callable[[], bool] = lambda: False
         self._layer_over: Callable[[int], None] = lambda _: None
@@ -91,14 +100,17 @@ class Pipeline:
     def begin(
         self,
         requests: tuple[int, ...],
-        newest: tuple[int, ...],
+        counts: Sequence[int],
         step: int,
         aborted: Callable[[], bool],
         layer_over: Callable[[int], None],
     ) -> None:
-        """Starts a step; `newest` says which row is each request's newest token. `aborted` is asked
-        between parts whether to give it up, and `layer_over` is told of each layer that is over."""
-        self._requests, self._newest, self._step = requests, newest, step
+        """Starts a step with so many tokens of each request, rows one behind another. `aborted` is
+        asked between parts whether to give it up, and `layer_over` is told of each layer that is
+        over."""
+        self._requests, self._step = requests, step
+        self._newest = tuple(end - 1 for end in itertools.accumulate(counts))
+        self._whole = max(counts) > PREDICT_ROWS_MAX or sum(counts) > PREDICT_TOGETHER_MAX
         self._aborted, self._layer_over = aborted, layer_over
         self.waits = []
 
@@ -144,12 +156,12 @@ class Pipeline:
         self.laps.lap("ask", EMBEDDING)
 
     def _ask(self, layer: int, x: torch.Tensor) -> None:
-        whole, newest = len(x) > PREDICT_ROWS_MAX, self._newest
-        if whole:
+        newest = self._newest
+        if self._whole:
             x, newest = x[list(newest)], tuple(range(len(newest)))
         frame = x.float().contiguous().numpy().tobytes()
         self._predict.send(
-            Predict(self._requests, newest, self._step, layer, whole, frame, self.laps.trace)
+            Predict(self._requests, newest, self._step, layer, self._whole, frame, self.laps.trace)
         )
 
     def _next(self, layer: int, waits: LayerWaits) -> Resident:

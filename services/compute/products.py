@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from common.fired import TILE_ROWS, add_fired, list_fired
 from common.jobs import Job, add_job, add_many_job, dot_job, listed, perform
-from common.kernels import BITS, add_fired_at, count_fired_at, list_fired_at, row_starts
+from common.kernels import BITS
 from common.limits import RUNNING_MAX
 from common.packed import pack_rows, vectors_for, widen_rows
 from common.store.geometry import GROUP
@@ -59,12 +60,14 @@ class Sums:
     added to it, which it does not as a column of a matrix whose rows are a power of two apart.
     """
 
-    def __init__(self, tokens: int, width: int, step: int):
-        """Pieces of `step` numbers."""
-        self.width, self.step = width, step
-        self.pieces = [
-            torch.zeros(tokens, min(step, width - first)) for first in range(0, width, step)
-        ]
+    def __init__(self, tokens: int, width: int, most: int):
+        """Pieces of one size, `step`, at most `most` numbers, if it can be whole groups."""
+        unit = GROUP if width % GROUP == 0 else 1
+        units = width // unit
+        counts = (n for n in range(1, units + 1) if units % n == 0 and width // n <= most)
+        count = next(counts, units)
+        self.width, self.step = width, width // count
+        self.pieces = [torch.zeros(tokens, self.step) for _ in range(count)]
 
     def total(self) -> torch.Tensor:
         """float32 [tokens, width]."""
@@ -156,38 +159,27 @@ class Products:
         return make
 
     def _by_halves(self, items: Bits, halves: Halves) -> Callable[[Starts], torch.Tensor]:
-        width = halves.numbers.shape[1]
-
-        def make(starts: Starts) -> torch.Tensor:
-            if items.dtype != np.uint8:
-                return multiply_halves(items, starts, halves, self._room)
-            rows = self._widened(items, starts, width, 0, width)
-            return multiply_halves(
-                bits_of(rows), row_starts(len(starts), width), halves, self._room
-            )
-
-        return make
+        return lambda starts: multiply_halves(items, starts, halves, self._room)
 
     def sums(self, tokens: int, width: int) -> Sums:
         """For `add_block`: a piece for each thread at least."""
-        each = -(-width // (self._helpers + 1))
-        return Sums(tokens, width, min(CHUNK_WIDTH, -(-each // GROUP) * GROUP))
+        return Sums(tokens, width, min(CHUNK_WIDTH, -(-width // (self._helpers + 1))))
 
     def add_block(self, items: Bits, starts: Starts, weights: torch.Tensor, sums: Sums) -> None:
         """Adds for each token the rows, each times its weight: `weights` float32 [rows, tokens].
         Threads share the width, so that none adds where another does."""
-        fired = _fired(weights)
+        given = weights.contiguous().numpy()
+        fired = list_fired(items, starts, given, sums.step, int(given.size * FIRED_MAX))
 
         def add(first: int, end: int) -> None:
             for at, piece in enumerate(sums.pieces[first:end], first):
                 begin = at * sums.step
-                width = piece.shape[1]
-                rows = self._widened(items, starts, sums.width, begin, begin + width)
                 if fired is None:
+                    rows = self._widened(items, starts, sums.width, begin, begin + sums.step)
                     piece.addmm_(weights.T, rows)
                 else:
-                    begins, places, values = fired
-                    add_fired_at(rows.numpy(), begins, places, values, piece.numpy())
+                    room = self._room("fired", (TILE_ROWS, sums.step)).numpy()
+                    add_fired(items, fired, sums.width, begin, room, piece.numpy())
 
         self.share(len(sums.pieces), 1, add)
 
@@ -264,17 +256,3 @@ def bits_of(values: torch.Tensor) -> Bits:
     if values.element_size() == 2:
         flat = flat.view(torch.int16)
     return flat.numpy().view(BITS[name])
-
-
-def _fired(weights: torch.Tensor) -> tuple[npt.NDArray[Any], ...] | None:
-    """For each token the rows whose weight is not 0, as `add_fired_at` takes them; None if they are
-    not few."""
-    rows, tokens = weights.shape
-    given, begins = weights.contiguous().numpy(), np.empty(tokens + 1, np.int64)
-    count_fired_at(given, begins)
-    count = int(begins[-1])
-    if count > rows * tokens * FIRED_MAX:
-        return None
-    places, values = np.empty(count, np.int64), np.empty(count, np.float32)
-    list_fired_at(given, begins, places, values)
-    return begins, places, values

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from common.lifecycle import Service
-from common.limits import POLL_S, PREDICT_ROWS_MAX
+from common.limits import POLL_S, PREDICT_TOGETHER_MAX
 from common.lowrank import EMBEDDING, Floats, Ids
 from common.messages import Fetch, Predict
 from common.plan import resolve_predictor
@@ -94,7 +94,7 @@ class PredictorLoop:
 def input_of(message: Predict, geometry: Geometry) -> Floats | None:
     """The FFN input [rows, hidden] of a message, or None if it does not fit the model."""
     rows, rest = divmod(len(message.x), geometry.hidden * 4)
-    if rest or not 1 <= rows <= PREDICT_ROWS_MAX:
+    if rest or not 1 <= rows <= PREDICT_TOGETHER_MAX:
         return None
     if not 1 <= len(message.requests) == len(message.newest):
         return None

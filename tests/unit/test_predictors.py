@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.limits import PREDICT_ROWS_MAX
+from common.limits import PREDICT_TOGETHER_MAX
 from common.lowrank import Int8Rows, Int8Tall
 from common.messages import Predict
 from services.predictor.loop import input_of
@@ -52,7 +52,7 @@ def test_input_that_does_not_fit_is_refused(store_of: Any) -> None:
         (-2, row),
         (0, row[:-1]),
         (0, b""),
-        (0, row * (PREDICT_ROWS_MAX + 1)),
+        (0, row * (PREDICT_TOGETHER_MAX + 1)),
     ]:
         assert input_of(Predict((1,), (0,), 1, layer, False, x), geometry) is None
     for requests, newest in [((), ()), ((1, 2), (0,)), ((1,), (3,)), ((1, 2), (0, -1))]:
@@ -78,6 +78,6 @@ def test_int8_rows_multiply_as_what_they_stand_for(laid_out: type[Int8Rows | Int
     values = rows.values if laid_out is Int8Rows else rows.values.T
     near = values * rows.scales[:, None]
     assert (np.abs(near - matrix).max(axis=1) <= np.abs(matrix).max(axis=1) / 253).all()
-    for count in (1, 3, PREDICT_ROWS_MAX + 1):
+    for count in (1, 3, PREDICT_TOGETHER_MAX + 1):
         x = rng.standard_normal((count, 3000)).astype(np.float32)
         np.testing.assert_allclose(rows.dot(x), x @ near.T, rtol=1e-3, atol=1e-3)
