@@ -55,7 +55,8 @@ class Settings:
     # global: all layers share all; auto: use where predictors are fitted, else equal
     extras: str = "ahead"  # what is computed though not named: none, ahead or resident
     bundling: str = "on"  # off: each part of a bundle is a read of its own, for comparison
-    lookahead: str = "on"  # off: nothing is read before its layer asks
+    lookahead: str = "auto"  # off: nothing is read before its layer asks; auto: on, but where
+    # nearly all is cached
     context: int = 2048  # tokens of prompt and answer, at most what the model can
     sequences: int = 1  # of so many tokens, that the KV cache has room for; shorter ones share it
     block: int | None = None  # tokens of a prompt in one step; None ("auto"): PREFILL_ROWS_MAX, or
@@ -160,7 +161,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "slots": _one_of("auto", "equal", "use", "global"),
     "extras": _one_of("none", "ahead", "resident"),
     "bundling": _one_of("on", "off"),
-    "lookahead": _one_of("on", "off"),
+    "lookahead": _one_of("auto", "on", "off"),
     "context": _count(1),
     "sequences": _count(1),
     "block": _block,

@@ -106,6 +106,7 @@ class Predict:
     step: int
     layer: int
     whole: bool
+    ahead: bool  # whether to look ahead from it
     x: Raw  # float32 [1 to PREDICT_TOGETHER_MAX rows, hidden]
     trace: bool = True
 

@@ -40,8 +40,9 @@ _OPTIONS = [
     ),
     click.option(
         "--lookahead",
-        type=click.Choice(["on", "off"]),
-        help="Read for the next layer under this one's work. [default: on]",
+        type=click.Choice(["auto", "on", "off"]),
+        help="Read for the next layer under this one's work. [default: auto: on, but where nearly"
+        " all that a token needs is cached]",
     ),
     click.option("--context", metavar="TOKENS", help="Prompt and answer. [default: 2048]"),
     click.option(

@@ -31,6 +31,7 @@ from common.lowrank import EMBEDDING
 from common.messages import Attached, Cache, Drop, Predict, Release, Resident, Unreadable
 from common.segment import attach_segment, segment_path
 from common.store.geometry import Geometry
+from services.compute.ahead import LookAhead
 from services.compute.failures import StepAbortedError, StepFailedError
 from services.compute.laps import Laps
 from services.compute.products import Products
@@ -65,7 +66,8 @@ class Pipeline:
         self._requests: tuple[int, ...] = ()
         self._newest: tuple[int, ...] = ()  # rows of the step, each request's newest token
         self._whole = False  # whether it takes whole layers
-        self._step = 0
+        self._lookahead = LookAhead(service.settings.lookahead)
+        self._step = self._rows = 0
         self._aborted: Callable[[], bool] = lambda: False
         self._layer_over: Callable[[int], None] = lambda _: None
         self.waits: list[LayerWaits] = []
@@ -108,7 +110,9 @@ class Pipeline:
         """Starts a step with so many tokens of each request, rows one behind another. `aborted` is
         asked between parts whether to give it up, and `layer_over` is told of each layer that is
         over."""
-        self._requests, self._step = requests, step
+        if len(self._newest) == self._rows:
+            self._lookahead.learn(self.waits)
+        self._requests, self._step, self._rows = requests, step, sum(counts)
         self._newest = tuple(end - 1 for end in itertools.accumulate(counts))
         self._whole = max(counts) > PREDICT_ROWS_MAX or sum(counts) > PREDICT_TOGETHER_MAX
         self._aborted, self._layer_over = aborted, layer_over
@@ -159,9 +163,19 @@ class Pipeline:
         newest = self._newest
         if self._whole:
             x, newest = x[list(newest)], tuple(range(len(newest)))
+        ahead = self._lookahead.pays(self._whole)
         frame = x.float().contiguous().numpy().tobytes()
         self._predict.send(
-            Predict(self._requests, newest, self._step, layer, self._whole, frame, self.laps.trace)
+            Predict(
+                self._requests,
+                newest,
+                self._step,
+                layer,
+                self._whole,
+                ahead,
+                frame,
+                self.laps.trace,
+            )
         )
 
     def _next(self, layer: int, waits: LayerWaits) -> Resident:

@@ -31,7 +31,6 @@ class PredictorLoop:
         self._service = service
         self._geometry = geometry
         self._predictor = predictor
-        self._looks_ahead = service.settings.lookahead == "on"
         self._inbox = service.receive_from("predict")
         self._outbox = service.send_to("fetch")
         self._whole_layer = np.arange(geometry.neurons, dtype=np.int32)
@@ -56,9 +55,9 @@ class PredictorLoop:
             self._send(message, message.layer, False, ids)
             self._trace("predict", message, message.layer, began_ns, len(x), len(ids))
             ahead_ns = time.monotonic_ns()
-        if self._looks_ahead and message.whole and message.layer + 1 < self._geometry.layers:
+        if message.ahead and message.whole and message.layer + 1 < self._geometry.layers:
             self._send(message, message.layer + 1, True, self._whole_layer)
-        elif self._looks_ahead and len(x) == len(message.requests):
+        elif message.ahead and len(x) == len(message.requests):
             # Of a block of tokens only the first has a token before it whose layers are known.
             ahead = self._predictor.look_ahead(message.requests, message.layer, x)
             if ahead is not None:

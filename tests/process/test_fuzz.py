@@ -45,8 +45,8 @@ SEEDS: dict[str, list[Any]] = {
         messages.Done(7, "length", "", "", STATS),
     ],
     "predict": [
-        messages.Predict((7,), (0,), 1, 0, False, b"\0" * 256),
-        messages.Predict((7,), (0,), 1, -1, True, b"\0" * 256),
+        messages.Predict((7,), (0,), 1, 0, False, True, b"\0" * 256),
+        messages.Predict((7,), (0,), 1, -1, True, True, b"\0" * 256),
     ],
     "fetch": [messages.Fetch(7, 1, 0, False, 1, IDS), messages.Fetch(7, 1, 1, True, 1, IDS)],
     "resident": [

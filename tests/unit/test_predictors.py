@@ -44,7 +44,7 @@ def test_input_that_does_not_fit_is_refused(store_of: Any) -> None:
     geometry = store_of("opt", "float32").geometry
     row = b"\0" * geometry.hidden * 4
     for layer in (-1, 0, geometry.layers - 1):
-        good = input_of(Predict((1,), (1,), 1, layer, False, row * 2), geometry)
+        good = input_of(Predict((1,), (1,), 1, layer, False, True, row * 2), geometry)
         assert good is not None
         assert good.shape == (2, geometry.hidden)
     for layer, x in [
@@ -54,11 +54,11 @@ def test_input_that_does_not_fit_is_refused(store_of: Any) -> None:
         (0, b""),
         (0, row * (PREDICT_TOGETHER_MAX + 1)),
     ]:
-        assert input_of(Predict((1,), (0,), 1, layer, False, x), geometry) is None
+        assert input_of(Predict((1,), (0,), 1, layer, False, True, x), geometry) is None
     for requests, newest in [((), ()), ((1, 2), (0,)), ((1,), (3,)), ((1, 2), (0, -1))]:
-        assert input_of(Predict(requests, newest, 1, 0, False, row * 3), geometry) is None
+        assert input_of(Predict(requests, newest, 1, 0, False, True, row * 3), geometry) is None
     for newest in [(0, 1, 2), (0, 2, 1)]:
-        good = input_of(Predict((1, 2, 3), newest, 1, 0, False, row * 3), geometry)
+        good = input_of(Predict((1, 2, 3), newest, 1, 0, False, True, row * 3), geometry)
         assert good is not None
 
 

@@ -66,7 +66,7 @@ SERVICE_MESSAGES = st.one_of(
         messages.Predict,
         *[st.lists(I64, max_size=9).map(tuple)] * 2,
         *[I64] * 2,
-        st.booleans(),
+        *[st.booleans()] * 2,
         RAW,
     ),
     st.builds(messages.Fetch, *[I64] * 3, st.booleans(), I64, RAW),
