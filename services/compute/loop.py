@@ -174,7 +174,8 @@ class ComputeLoop:
                 most = min(most, PREFILL_ROWS_SHARED_MAX)
             prompts.sort(key=lambda generation: generation.last_step)
             before = itertools.accumulate((generation.left for generation in prompts), initial=0)
-            self._run([g for g, tokens in zip(prompts, before) if tokens < most], most)  # noqa: B905
+            some = [g for g, tokens in zip(prompts, before, strict=False) if tokens < most]
+            self._run(some, most)
         if answers := [generation for generation in running if not generation.left]:
             self._run(answers, len(answers))
 
