@@ -12,6 +12,7 @@ KV_ROOM_TOKENS = 64  # room in the KV cache is given out in so many tokens: whol
 # A step
 PREFILL_ROWS_MAX = 512  # tokens of a prompt in one step, if nothing else is asked for
 PREFILL_ROWS_MIN = 64  # as few where memory is short
+PREFILL_JOIN_SHARE = 8  # in the first of so many parts of a block others may still join it
 PREFILL_ROWS_SHARED_MAX = 128  # while others decode, who wait for as long as a block takes
 PREDICT_ROWS_MAX = 16  # of a request with more tokens in a step the whole layer is taken
 PREDICT_TOGETHER_MAX = 64  # and of so many of several requests their union is nearly the whole

@@ -1,4 +1,4 @@
-"""Why a step ends early. Both end one request and leave the service running."""
+"""Why a step ends early. None of these ends the service."""
 
 
 class StepFailedError(Exception):
@@ -10,4 +10,8 @@ class StepFailedError(Exception):
 
 
 class StepAbortedError(Exception):
-    """The request was cancelled, or the service is stopping."""
+    """The requests were cancelled, or the service is stopping."""
+
+
+class StepJoinedError(Exception):
+    """A block of prompts had just begun when others came that fit into it: it begins anew."""

@@ -81,6 +81,7 @@ class Generation:
         self.aborted = False
         self.reason = ""
         self.over = False  # its client knows that it is
+        self.anew = False  # a block of its prompt began anew
         self.new_tokens = 0
         self.block = 0  # tokens of the prompt in the step that runs, or ran last
         self.last_step = 0  # its number

@@ -2,8 +2,9 @@
 
 A turn: a block of prompts, if there are any to compute; then a step that all requests share that
 are past their prompts, a token of each. A block is as many prompts as it has room for, those first
-that waited the longest: a layer is streamed once for all of them. So who comes waits for no answer,
-and who is answered waits at most a block between two tokens.
+that waited the longest: a layer is streamed once for all of them. Who comes when one has just begun
+has it begin anew, once. So who comes waits for no answer, and who is answered waits at most a block
+between two tokens.
 
 Owns resident weights and the KV cache. Listens for Abort between the parts of a prompt's layer, so
 that a cancelled request's client hears within a layer that it is over; a step is given up when all
@@ -24,7 +25,13 @@ from common.fired import compile_fired
 from common.jobs import compile_jobs
 from common.kernels import BITS, compile_for
 from common.lifecycle import Service
-from common.limits import POLL_S, PREFILL_ROWS_SHARED_MAX, PREFILLING_EVERY_S, RUNNING_MAX
+from common.limits import (
+    POLL_S,
+    PREFILL_JOIN_SHARE,
+    PREFILL_ROWS_SHARED_MAX,
+    PREFILLING_EVERY_S,
+    RUNNING_MAX,
+)
 from common.messages import Abort, Admit, Done, Token
 from common.plan import make_plan
 from common.spans import NO_LAYER, NO_STEP
@@ -33,7 +40,7 @@ from common.store.store import Store, read_end_ids
 from common.system import cores
 from inflash._messages import NO_STATS
 from services.compute.blocks import probe_blocks
-from services.compute.failures import StepAbortedError, StepFailedError
+from services.compute.failures import StepAbortedError, StepFailedError, StepJoinedError
 from services.compute.generation import Choice, Generation, limit_of, prompt_of
 from services.compute.kv import Sequences, shared
 from services.compute.linear import choose_int8
@@ -188,6 +195,12 @@ class ComputeLoop:
             for generation in generations:
                 self._end(generation, "cancelled")
             return
+        except StepJoinedError:
+            self._pipeline.drop()
+            for generation in generations:
+                generation.sequence.keep(generation.sequence.count, generation.sequence.room)
+                generation.anew = True
+            return
         except StepFailedError as failure:
             self._pipeline.drop()
             for generation in generations:
@@ -244,7 +257,7 @@ class ComputeLoop:
             counts,
             step,
             lambda: self._are_aborted(generations),
-            lambda layer: self._layer_over(generations, layer),
+            lambda layer: self._layer_over(generations, layer, most),
         )
         output = self._model(
             input_ids=torch.cat([tokens for tokens, _ in parts])[None],
@@ -279,9 +292,14 @@ class ComputeLoop:
                 self._finish(generation.admit, "cancelled", generation=generation)
         return False
 
-    def _layer_over(self, generations: Many[Generation], layer: int) -> None:
-        """Tells now and then how far prompts are."""
+    def _layer_over(self, generations: Many[Generation], layer: int, room: int) -> None:
+        """Tells now and then how far prompts are. Raises StepJoinedError if it is early, and a
+        prompt has come that fits into the `room` that is left in the block."""
         now, layers = time.monotonic(), self._store.geometry.layers
+        early = layer < max(layers // PREFILL_JOIN_SHARE, 1)
+        fits = any(len(admit.prompt) // 4 <= room for admit in self._arrived.values())
+        if early and fits and not any(generation.anew for generation in generations):
+            raise StepJoinedError
         for generation in generations:
             if not generation.left or generation.over:
                 continue

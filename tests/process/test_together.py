@@ -166,3 +166,27 @@ def test_prompts_that_wait_share_a_block(made: Made, run_dir: Path) -> None:
         # As many as there is room for in a block of 128 tokens, the last one in part.
         assert [each.told[0].block for each in asked[1:4]] == [50, 20, 58]
         assert {t.layers_done for t in cancelled.told} <= {1, 2}, "within a layer"
+
+
+def test_who_comes_when_a_block_has_just_begun_joins_it(made: Made, run_dir: Path) -> None:
+    prompts = [[at, *range(9, 8 + count)] for at, count in ((3, 50), (4, 20))]
+    options = {"predictor": "exact", "context": "256", "sequences": "4", "block": "128"}
+    with serving(made.store("opt"), run_dir, slow="reads:100%:400ms", **options) as client:
+        asked = [Asked(run_dir, prompts[0], 2)]
+        until(lambda: client.status()["queue"]["running"] == 1)
+        asked.append(Asked(run_dir, prompts[1], 2))
+        for each in asked:
+            each.join(LONG_S)
+        assert [len(each.tokens) for each in asked] == [2, 2]
+
+        def counter(name: str) -> int:
+            count: int = client.status()["services"]["compute"]["counters"].get(name, 0)
+            return count
+
+        until(lambda: counter("tokens") == 4)
+        assert counter("steps") == 2, "a block of both prompts, and a token of both"
+        alone = [list(client.generate(p, max_new_tokens=2, ignore_eos=True)) for p in prompts]
+    assert [each.tokens for each in asked] == [[token.id for token in ids] for ids in alone]
+    run = load_run(run_dir)
+    for token in run.tokens:
+        assert sum(token.by_cause.values()) == pytest.approx(token.ns, rel=0.02)
