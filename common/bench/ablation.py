@@ -62,11 +62,11 @@ def make_steps(geometry: Geometry, placed: Path | None) -> list[Step]:
         ),
         Step(
             "decay", "the neurons stay that are used most, not those used last",
-            {"predictor": "lowrank", "policy": "decay"},
+            {"predictor": "lowrank", "policy": "decay", "lookahead": "on"},
         ),
         Step(
             "placement", "neurons that fire together lie side by side",
-            {"predictor": "lowrank", "policy": "decay"},
+            {"predictor": "lowrank", "policy": "decay", "lookahead": "on"},
             placed=True,
             absent="" if placed else "no store with --placement was given",
         ),

@@ -212,12 +212,14 @@ class ComputeLoop:
         """The next token of each that is past its prompt, by `logits` float32 [requests,
         vocabulary]."""
         laps, chosen = self._pipeline.laps, list[tuple[Generation, Choice]]()
-        for generation, row in zip(generations, logits, strict=True):
+        for generation in generations:
             if generation.over:
                 self._end(generation, "cancelled")
-                continue
-            if generation.left:
-                continue
+        each = zip(generations, logits, strict=True)
+        past = [(g, row) for g, row in each if not (g.over or g.left)]
+        if not past:
+            return
+        for generation, row in past:
             try:
                 chosen.append((generation, generation.choose(row)))
             except StepFailedError as failure:
