@@ -61,13 +61,8 @@ CLIENT_HEARTBEAT_S = 1.0  # ZeroMQ's own, on the clients' connections
 CLIENT_LOST_S = 3.0  # a client whose connection is silent for this long is gone
 CLIENT_LINGER_S = 0.5  # at the end: the last words reach the clients' sockets
 
-assert (
-    PREDICT_ROWS_MAX
-    < PREDICT_TOGETHER_MAX
-    <= PREFILL_ROWS_MIN
-    <= PREFILL_ROWS_SHARED_MAX
-    <= PREFILL_ROWS_MAX
-)
+assert PREDICT_ROWS_MAX < PREDICT_TOGETHER_MAX <= PREFILL_ROWS_MIN
+assert PREFILL_ROWS_MIN <= PREFILL_ROWS_SHARED_MAX <= PREFILL_ROWS_MAX
 assert RUNNING_MAX <= PREDICT_TOGETHER_MAX, "a shared step is predicted, not streamed whole"
 assert RUNNING_MAX < PREDICT_REQUESTS_KEPT
 assert READ_BYTES_MAX % ALIGN_BYTES == 0

@@ -243,7 +243,7 @@ class ComputeLoop:
 
     def _run_model(self, generations: Many[Generation], most: int) -> torch.Tensor:
         """One forward pass: the logits after each request's newest token, float32 [requests,
-        vocabulary]. Raises StepFailedError and StepAbortedError."""
+        vocabulary]. Raises StepFailedError, StepAbortedError and StepJoinedError."""
         step, laps, pipeline = next(self._steps), self._pipeline.laps, self._pipeline
         numbers = tuple(generation.request for generation in generations)
         laps.turn(numbers, step)

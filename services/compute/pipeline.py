@@ -67,7 +67,8 @@ class Pipeline:
         self._newest: tuple[int, ...] = ()  # rows of the step, each request's newest token
         self._whole = False  # whether it takes whole layers
         self._lookahead = LookAhead(service.settings.lookahead)
-        self._step = self._rows = 0
+        self._step = 0
+        self._is_block = False  # whether a request has more than one row in the step
         self._aborted: Callable[[], bool] = lambda: False
         self._layer_over: Callable[[int], None] = lambda _: None
         self.waits: list[LayerWaits] = []
@@ -110,9 +111,9 @@ class Pipeline:
         """Starts a step with so many tokens of each request, rows one behind another. `aborted` is
         asked between parts whether to give it up, and `layer_over` is told of each layer that is
         over."""
-        if len(self._newest) == self._rows:
+        if not self._is_block:
             self._lookahead.learn(self.waits)
-        self._requests, self._step, self._rows = requests, step, sum(counts)
+        self._requests, self._step, self._is_block = requests, step, max(counts) > 1
         self._newest = tuple(end - 1 for end in itertools.accumulate(counts))
         self._whole = max(counts) > PREDICT_ROWS_MAX or sum(counts) > PREDICT_TOGETHER_MAX
         self._aborted, self._layer_over = aborted, layer_over
@@ -141,7 +142,7 @@ class Pipeline:
                 waits.compute_ns += self.laps.lap("ffn", layer, resident.part, neurons)
             self._release.send(Release(self._step, layer, resident.part))
             self.laps.lap("release", layer, resident.part)
-            if len(x) > len(self._requests) and self._aborted():  # a block: it takes seconds
+            if self._is_block and self._aborted():  # it takes seconds
                 raise StepAbortedError
             if resident.left == 0:
                 self.laps.layer(layer, waits)
@@ -160,22 +161,13 @@ class Pipeline:
         self.laps.lap("ask", EMBEDDING)
 
     def _ask(self, layer: int, x: torch.Tensor) -> None:
-        newest = self._newest
-        if self._whole:
+        newest, whole, trace = self._newest, self._whole, self.laps.trace
+        if whole:
             x, newest = x[list(newest)], tuple(range(len(newest)))
-        ahead = self._lookahead.pays(self._whole)
+        ahead = self._lookahead.pays(whole)
         frame = x.float().contiguous().numpy().tobytes()
         self._predict.send(
-            Predict(
-                self._requests,
-                newest,
-                self._step,
-                layer,
-                self._whole,
-                ahead,
-                frame,
-                self.laps.trace,
-            )
+            Predict(self._requests, newest, self._step, layer, whole, ahead, frame, trace)
         )
 
     def _next(self, layer: int, waits: LayerWaits) -> Resident:
