@@ -46,6 +46,8 @@ class Settings:
     memory: int | None = None  # bytes for everything; None: half of the machine's
     cache: str | None = None  # "25%" of the bundles, or a size; None: what memory leaves
     resident: str = "float"  # of attention and head in memory: float, as in the store; int8; int4
+    embedding: str = "auto"  # memory; flash: of a token a row is read; auto: flash, unless all of
+    # the FFN is cached or the embedding is the head as well
     predictor: str = "auto"  # all, exact, lowrank; auto: lowrank where the store has it
     policy: str = "auto"  # of the cache (common/policy.py): decay, or window; auto: decay unless
     # a window is given
@@ -155,6 +157,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "memory": parse_size,
     "cache": _cache,
     "resident": _one_of("float", "int8", "int4"),
+    "embedding": _one_of("auto", "memory", "flash"),
     "predictor": _one_of("auto", "all", "exact", "lowrank"),
     "policy": _one_of("auto", "window", "decay"),
     "window": _window,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from common import lowrank
@@ -30,7 +30,7 @@ from common.limits import (
     RUNNING_MAX,
 )
 from common.policy import slots_by_use
-from common.resident import HEAD, resident_bytes
+from common.resident import resident_bytes, spare_embedding_bytes
 from common.store.geometry import DTYPE_BYTES, Geometry
 from common.store.manifest import BIASES
 from common.store.store import Store
@@ -87,6 +87,7 @@ class Plan:
     kv_tokens: int  # room in the KV cache, for all requests that run
     block: int  # tokens of a prompt in one step, at most
     slots: tuple[int, ...]  # per layer
+    embedding: str  # where it is: memory, as one of the resident tensors; or flash
 
     def lines(self) -> dict[str, int]:
         """The plan's lines in order, by name; together they are `memory_bytes`."""
@@ -110,6 +111,15 @@ class Needs:
     tokenizer_bytes: int  # of tokenizer.json
     named_shares: tuple[float, ...] | None  # of a layer's neurons, that its predictor names
     packed_bytes: int | None = None  # resident, where the setting `resident` has them packed
+    embedding_bytes: int = 0  # of resident_bytes, what can stay on flash
+
+    def without_embedding(self) -> Needs:
+        """The same with the embedding on flash."""
+        geometry, packed = self.geometry, self.packed_bytes
+        if packed is not None:
+            packed -= _computed_bytes(geometry, self.embedding_bytes)
+        rest = self.resident_bytes - self.embedding_bytes
+        return replace(self, resident_bytes=rest, packed_bytes=packed, embedding_bytes=0)
 
 
 def make_plan(settings: Settings, store: Store) -> Plan:
@@ -120,6 +130,7 @@ def make_plan(settings: Settings, store: Store) -> Plan:
 def needs_of(settings: Settings, store: Store) -> Needs:
     """What a store needs under `settings`; `SettingError` if it has not what they ask for."""
     asked = lowrank.named_shares(store)
+    sizes = {name: tensor.nbytes for name, tensor in store.resident_tensors().items()}
     if settings.slots == "use" and asked is None:
         raise SettingError(
             f"INFLASH_SLOTS: use, but {store.path} has no fitted predictors: run"
@@ -133,11 +144,28 @@ def needs_of(settings: Settings, store: Store) -> Needs:
         tokenizer_bytes=_tokenizer_bytes(store),
         named_shares=None if asked is None else tuple(asked),
         packed_bytes=_packed_bytes(settings.resident, store),
+        embedding_bytes=spare_embedding_bytes(sizes, settings.resident),
     )
 
 
 def divide(settings: Settings, needs: Needs) -> Plan:
     """The plan for a model with such `needs`; `SettingError` names the smallest that would work."""
+    if settings.embedding == "flash" and not needs.embedding_bytes:
+        raise SettingError(
+            "INFLASH_EMBEDDING: flash, but this model's embedding is its head as well, which every"
+            " token multiplies: leave the setting out, or pack the head (INFLASH_RESIDENT=int8)"
+        )
+    if settings.embedding == "memory" or not needs.embedding_bytes:
+        return _with_best_block(settings, needs)
+    if settings.embedding == "auto":
+        with contextlib.suppress(SettingError):
+            plan = _with_best_block(settings, needs)
+            if min(plan.slots) == needs.geometry.neurons:  # no neuron could have its room
+                return plan
+    return replace(_with_best_block(settings, needs.without_embedding()), embedding="flash")
+
+
+def _with_best_block(settings: Settings, needs: Needs) -> Plan:
     *larger, smallest = _blocks(settings, needs)
     plan = _divide(settings, needs, smallest)
     for block in larger:
@@ -189,6 +217,7 @@ def _divide(settings: Settings, needs: Needs, block: int) -> Plan:
         kv_tokens=settings.sequences * kv_room(context),
         block=block,
         slots=slots,
+        embedding="memory",
     )
 
 
@@ -196,6 +225,8 @@ def smallest_bytes(settings: Settings, needs: Needs) -> int:
     """The smallest budget that works; `settings` without one, and without a cache."""
     block = _blocks(settings, needs)[-1]
     geometry = needs.geometry
+    if settings.embedding != "memory":
+        needs = needs.without_embedding()
     layer_slot = geometry.layers * geometry.stride_bytes
     taken = sum(_fixed_lines(settings, needs, block).values())
     taken += _slots_min(geometry) * (layer_slot + _cache_tables(layer_slot))
@@ -239,7 +270,7 @@ def _fixed_lines(settings: Settings, needs: Needs, block: int) -> dict[str, int]
     computed_bytes = DTYPE_BYTES[geometry.compute_dtype]
     resident = needs.packed_bytes
     if resident is None:
-        resident = needs.resident_bytes * computed_bytes // geometry.item_bytes
+        resident = _computed_bytes(geometry, needs.resident_bytes)
     lines = {
         "resident_bytes": resident,
         "kv_bytes": kv_tokens * kv_token_bytes(needs.config, computed_bytes),
@@ -258,8 +289,12 @@ def _packed_bytes(resident: str, store: Store) -> int | None:
     if resident == "float":
         return None
     tensors = store.resident_tensors() | read_header(store.path / BIASES)
-    tied = "" if HEAD in tensors else next(name for name in tensors if "embed_tokens" in name)
-    return resident_bytes(tensors, resident, store.geometry.compute_dtype, tied)
+    return resident_bytes(tensors, resident, store.geometry.compute_dtype)
+
+
+def _computed_bytes(geometry: Geometry, size: int) -> int:
+    """Bytes in memory of `size` bytes in the checkpoint's number format."""
+    return size * DTYPE_BYTES[geometry.compute_dtype] // geometry.item_bytes
 
 
 def _predictors_bytes(predictor: str, store: Store) -> int:

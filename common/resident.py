@@ -1,21 +1,26 @@
-"""Which resident tensors a server packs (setting `resident`), and the bytes that they then take.
+"""Which resident tensors a server packs (setting `resident`), which may stay on flash (setting
+`embedding`), and the bytes that they take.
 
 Matrices that a token is multiplied with are packed: attention, projections around the layers, the
 head. Embeddings, of which a token takes a row, norms and biases stay as they are. Where the others
 become int4, the head and the projections to values become int8, as in llama.cpp's mixed formats:
 int4 values alone cost the demo model 1.9 % of perplexity (docs/measurements.md). A tied head gets
 rows of its own, for the embedding stays as it is.
+
+Of the tokens' embedding a token takes one row, which is read from the store as fast as a bundle: it
+need not be in memory, unless it is the head as well, which every token multiplies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from common.errors import SettingError
 from common.store.geometry import DTYPE_BYTES, pack_problem, row_bytes
 from common.store.tensors import Tensor
 
 HEAD = "lm_head.weight"
+EMBEDDING = "embed_tokens.weight"  # in every family, behind the path of its module
 VALUES = "v_proj.weight"
 
 
@@ -32,17 +37,25 @@ def packed_as(name: str, shape: tuple[int, ...], resident: str) -> str:
     return number_format
 
 
-def resident_bytes(
-    tensors: Mapping[str, Tensor], resident: str, compute_dtype: str, tied: str
-) -> int:
-    """Bytes in memory of a store's resident tensors.
+def embedding_of(names: Iterable[str]) -> str:
+    """The tokens' embedding, of a model's resident tensors."""
+    return next(name for name in names if name.endswith(EMBEDDING))
 
-    `tied` names the tensor that is the head, too; "" where the head is one of its own.
-    """
-    matrices = {name: tensor.shape for name, tensor in tensors.items()}
+
+def spare_embedding_bytes(sizes: Mapping[str, int], resident: str) -> int:
+    """Of resident tensors, by name and bytes: those of the embedding if it can stay on flash, or 0
+    where it is the head as well."""
+    if HEAD not in sizes and resident == "float":
+        return 0
+    return sizes[embedding_of(sizes)]
+
+
+def resident_bytes(tensors: Mapping[str, Tensor], resident: str, compute_dtype: str) -> int:
+    """Bytes in memory of a store's resident tensors."""
     total = 0
-    if tied and resident != "float":
-        total += _packed_bytes(matrices[tied], packed_as(HEAD, matrices[tied], resident))
+    if HEAD not in tensors and resident != "float":
+        tied = tensors[embedding_of(tensors)].shape
+        total += _packed_bytes(tied, packed_as(HEAD, tied, resident))
     for name, tensor in tensors.items():
         if number_format := packed_as(name, tensor.shape, resident):
             total += _packed_bytes(tensor.shape, number_format)

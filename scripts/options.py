@@ -17,6 +17,12 @@ _OPTIONS = [
         " bytes for a token, some loss. [default: float, as in the store]",
     ),
     click.option(
+        "--embedding",
+        type=click.Choice(["auto", "memory", "flash"]),
+        help="Of which a token takes a row: on flash that is read, and the cache has the room."
+        " [default: auto: flash, unless all of the FFN is cached or it is the head as well]",
+    ),
+    click.option(
         "--predictor",
         type=click.Choice(["auto", "all", "exact", "lowrank"]),
         help="[default: auto: lowrank if the store was fitted, else exact]",

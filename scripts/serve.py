@@ -118,6 +118,7 @@ def request_line(line: str) -> str:
 def plan_table(plan: Plan) -> str:
     """The plan's lines and their sum, aligned; predictors are weights, predictor is a process."""
     notes = {
+        "resident": "without the embedding, which stays on flash" * (plan.embedding == "flash"),
         "kv": f"{plan.kv_tokens:,} tokens",
         "cache": f"{sum(plan.slots):,} slots",
         "reserve": "kept free",

@@ -15,7 +15,7 @@ from common.limits import PREFILL_ROWS_MIN
 from common.lowrank import AHEAD_PARTS
 from common.plan import SLOTS_MIN, Needs, divide
 from common.planted.layer import rank_of
-from common.resident import HEAD, resident_bytes
+from common.resident import resident_bytes, spare_embedding_bytes
 from common.store.geometry import Geometry
 from common.store.tensors import Tensor
 
@@ -69,10 +69,10 @@ def needs_of(shape: Shape, settings: Settings, packed: str = "") -> Needs:
     No byte less than `common.plan.needs_of` finds once it is made, and hardly more."""
     geometry = dataclasses.replace(shape.geometry, packed=packed)
     tensors = {name: _tensor(name, size) for name, size in shape.resident.items()}
-    tied = "" if HEAD in tensors else next(name for name in tensors if "embed_tokens" in name)
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     packed_bytes = None
     if settings.resident != "float":
-        packed_bytes = resident_bytes(tensors, settings.resident, geometry.compute_dtype, tied)
+        packed_bytes = resident_bytes(tensors, settings.resident, geometry.compute_dtype)
     return Needs(
         geometry=geometry,
         config=shape.config.to_dict(),
@@ -81,6 +81,7 @@ def needs_of(shape: Shape, settings: Settings, packed: str = "") -> Needs:
         tokenizer_bytes=0,
         named_shares=None,
         packed_bytes=packed_bytes,
+        embedding_bytes=spare_embedding_bytes(sizes, settings.resident),
     )
 
 

@@ -113,6 +113,7 @@ class Forecaster:
         self._needs = Needs(
             geometry=model.geometry, config=model.config, resident_bytes=model.resident_bytes,
             predictors_bytes=self.predictors_bytes, tokenizer_bytes=model.tokenizer_bytes,
+            embedding_bytes=model.embedding_bytes,
             named_shares=behaviour.named if fitted else None,
         )  # fmt: skip
         self._settings = Settings(store=Path(model.name), run_dir=Path(), context=context)

@@ -12,11 +12,11 @@ from typing import Any
 
 from common.errors import StoreError
 from common.model.families import Family
+from common.resident import EMBEDDING, HEAD
 
 Shape = tuple[int, ...]
 
-EMBEDDINGS = ("embed_tokens.weight", "embed_positions.weight")
-HEAD = "lm_head.weight"
+POSITIONS = "embed_positions.weight"
 _OPT_POSITIONS = 2  # rows of the positions' embedding that no token has
 
 
@@ -78,7 +78,7 @@ def multiplied_bytes(sizes: Mapping[str, int]) -> int:
     """Of resident tensors, by name and bytes: what every token multiplies. Of an embedding a token
     takes one row, unless it is the head as well."""
     tied = HEAD not in sizes
-    skipped = tuple(name for name in EMBEDDINGS if not (tied and name == EMBEDDINGS[0]))
+    skipped = (POSITIONS,) if tied else (POSITIONS, EMBEDDING)
     return sum(size for name, size in sizes.items() if not name.endswith(skipped))
 
 

@@ -15,7 +15,6 @@ from typing import Any, Literal
 from common.errors import StoreError, UserError
 from common.forecast import hub
 from common.forecast.shapes import (
-    HEAD,
     Config,
     ffn_weights,
     items,
@@ -25,6 +24,7 @@ from common.forecast.shapes import (
 from common.json_object import read_object
 from common.model.activation import Activation
 from common.model.families import activation_of, family_named, geometry_of
+from common.resident import HEAD, embedding_of, spare_embedding_bytes
 from common.store.geometry import DTYPE_BYTES, Geometry
 from common.store.manifest import MANIFEST
 from common.store.store import Store
@@ -54,6 +54,7 @@ class Described:
     geometry: Geometry
     resident_bytes: int  # in the checkpoint's number format
     multiplied_bytes: int  # of those, what every token multiplies
+    embedding_bytes: int  # of those, what can stay on flash
     tokenizer_bytes: int
     store: Store | None
     notes: tuple[str, ...]  # what was taken for granted
@@ -99,6 +100,7 @@ def _of_store(store: Store) -> Described:
         name=str(store.path), kind="store", config=config, family=store.family,
         activation=store.activation, geometry=store.geometry, resident_bytes=store.resident_bytes,
         multiplied_bytes=multiplied_bytes(sizes), store=store, notes=(),
+        embedding_bytes=spare_embedding_bytes(sizes, "float"),
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
     )  # fmt: skip
 
@@ -205,6 +207,7 @@ def _of_config(
         name=name, kind=kind, config=_with_defaults(asked), family=family.name,
         activation=activation, geometry=geometry_of(family, asked, dtype),
         resident_bytes=sum(resident.values()), multiplied_bytes=multiplied_bytes(resident),
+        embedding_bytes=spare_embedding_bytes(resident, "float"),
         tokenizer_bytes=tokenizer_bytes, store=None, notes=notes,
     )  # fmt: skip
 
@@ -238,8 +241,7 @@ def _matched(
         if known is not None:
             found[known] = tensor
     if HEAD in tensors and HEAD not in shapes:  # tied: of the two, one may be left out
-        embedding = next(key for key in shapes if key.endswith("embed_tokens.weight"))
-        found.setdefault(embedding, tensors[HEAD])
+        found.setdefault(embedding_of(shapes), tensors[HEAD])
     missing = [key for key in shapes if key not in found]
     if missing:
         raise StoreError(f"{name} lacks {len(missing)} tensors, {missing[0]} for one")

@@ -53,7 +53,7 @@ def build_skeleton(
         config: transformers' configuration, as AutoConfig gives it; fatrelu is understood.
         ffn: makes the module that takes a layer's FFN input, [..., hidden], and returns its
             output; activation and biases are its own.
-        dtype: of the parameters. They stay on the meta device until `load_resident` or `fill`.
+        dtype: of the parameters. They stay on the meta device until `fill`.
         attention: name of an attention function registered with transformers.
 
     Returns:
@@ -82,15 +82,6 @@ def _rebuild_buffers(model: Any) -> None:
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if left:
         raise RuntimeError(f"buffers without values: {', '.join(left)}")
-
-
-def load_resident(model: Any, paths: Iterable[Path]) -> None:
-    """Fills a skeleton from safetensors files and ties what the configuration ties.
-
-    `StoreError` names tensors that are missing, unexpected or misshapen.
-    """
-    fill(model, find_resident(model, paths))
-    model.tie_weights()
 
 
 def find_resident(model: Any, paths: Iterable[Path]) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ class ComputeLoop:
         self._pipeline = Pipeline(service, store.geometry, sum(plan.slots), products)
         self._context, self._block = plan.context, plan.block
         store.check_digests()
-        self._model = load_model(store, self._pipeline, products, service.settings.resident)
+        self._model = load_model(store, self._pipeline, products, resident, plan.embedding)
         if probe := choose_int8(self._model):
             service.log.info("int8 products", way=probe.way, **dataclasses.asdict(probe))
         self._vocabulary = int(self._model.config.vocab_size)

@@ -10,10 +10,11 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig
 
 from common.model.families import family_named
-from common.model.skeleton import build_skeleton, fill, find_resident, load_resident
-from common.resident import packed_as
+from common.model.skeleton import build_skeleton, fill, find_resident
+from common.resident import embedding_of, packed_as
 from common.store.store import Store
 from services.compute.attention import ATTENTION, attend
+from services.compute.embedding import FlashEmbedding
 from services.compute.ffn import FlashFFN
 from services.compute.laps import ProductTime
 from services.compute.linear import RowLinear, Rows, multiply_rows, pack
@@ -21,9 +22,11 @@ from services.compute.pipeline import Pipeline
 from services.compute.products import Products
 
 
-def load_model(store: Store, pipeline: Pipeline, products: Products, resident: str) -> Any:
-    """The store's model with its resident weights, as the setting `resident` has them; FFN weights
-    are never allocated."""
+def load_model(
+    store: Store, pipeline: Pipeline, products: Products, resident: str, embedding: str
+) -> Any:
+    """The store's model with its resident weights, as the setting `resident` has them and the
+    plan's `embedding` says; FFN weights are never allocated."""
 
     def flash_ffn(layer: int) -> FlashFFN:
         return FlashFFN(layer, store.geometry, store.activation, store.biases(layer), pipeline)
@@ -32,7 +35,7 @@ def load_model(store: Store, pipeline: Pipeline, products: Products, resident: s
     dtype = getattr(torch, store.geometry.compute_dtype)
     model: nn.Module = build_skeleton(config, flash_ffn, dtype, attention=ATTENTION)
     family = family_named(config.model_type)
-    packed = load_resident_as(resident, model, store, products)
+    packed = load_resident_as(resident, embedding, model, store, products)
     multiply_rows(model, products, packed, family.together)
     time_products(model, products, pipeline.laps.product_time)
 
@@ -46,17 +49,22 @@ def load_model(store: Store, pipeline: Pipeline, products: Products, resident: s
 
 
 def load_resident_as(
-    resident: str, model: Any, store: Store, products: Products
+    resident: str, embedding: str, model: Any, store: Store, products: Products
 ) -> dict[str, Rows]:
-    """Fills the model but for the matrices that are packed; those it returns, by name."""
-    if resident == "float":
-        load_resident(model, store.resident_paths())
-        return {}
+    """Fills the model but for an embedding that stays on flash, and for the matrices that are
+    packed; those it returns, by name."""
     tensors = find_resident(model, store.resident_paths())
     weights = dict(tensors)
-    weights |= {head: tensors[source] for head, source in model.all_tied_weights_keys.items()}
+    if resident != "float":
+        weights |= {head: tensors[source] for head, source in model.all_tied_weights_keys.items()}
     formats = {name: packed_as(name, t.shape, resident) for name, t in weights.items()}
+    if embedding == "flash":
+        name = embedding_of(tensors)
+        rows = FlashEmbedding(tensors.pop(name), model.dtype)
+        model.set_submodule(name.removesuffix(".weight"), rows)
     fill(model, {name: tensor for name, tensor in tensors.items() if not formats[name]})
+    if resident == "float":
+        model.tie_weights()
     return {name: pack(weights[name], f, products) for name, f in formats.items() if f}
 
 

@@ -13,7 +13,7 @@ from common.errors import StoreError
 from common.model.convert import convert
 from common.model.families import family_named
 from common.model.reference import load_reference
-from common.model.skeleton import build_skeleton, load_resident
+from common.model.skeleton import build_skeleton, fill, find_resident
 from common.store.store import Store
 from tests.checkpoints import VARIANTS, make_checkpoint
 
@@ -48,7 +48,8 @@ def test_skeleton_with_the_stores_ffn_computes_the_references_logits(
     store = Store.open(tmp_path / "store")
     config = AutoConfig.from_pretrained(store.config_dir)
     model: Any = build_skeleton(config, lambda i: StoreFFN(store, i), torch.float32, "sdpa")
-    load_resident(model, store.resident_paths())
+    fill(model, find_resident(model, store.resident_paths()))
+    model.tie_weights()
     reference = load_reference(src, torch.float32)
     ids = torch.randint(3, 300, (1, 50), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -80,7 +81,8 @@ def test_no_ffn_parameter_is_ever_there_and_all_others_are_meta(tmp_path: Path) 
 
 def test_resident_tensors_take_the_skeletons_dtype(tmp_path: Path) -> None:
     model, store = skeleton_of(tmp_path)
-    load_resident(model, Store.open(store).resident_paths())
+    fill(model, find_resident(model, Store.open(store).resident_paths()))
+    model.tie_weights()
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -104,7 +106,7 @@ def test_resident_files_that_do_not_fit_are_refused(
     change(tensors)
     save_file(tensors, tmp_path / "changed.safetensors")
     with pytest.raises(StoreError, match=reason):
-        load_resident(model, [tmp_path / "changed.safetensors", *paths[1:]])
+        find_resident(model, [tmp_path / "changed.safetensors", *paths[1:]])
 
 
 def test_reference_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
