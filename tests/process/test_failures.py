@@ -19,6 +19,7 @@ from common.launch import CHECKOUT
 from common.messages import SERVICES
 from common.store.store import Store
 from inflash import Client, RequestFailed, ServerNotFound
+from tests.checkpoints import VOCAB
 from tests.conftest import Made, assert_clean, serving
 
 LONG = {"max_new_tokens": 400, "ignore_eos": True}
@@ -154,6 +155,24 @@ def test_a_flipped_byte_is_named_and_never_answered(
                 list(client.generate([5, 6, 7], **LONG))
             assert failure.value.service == "reader"
         assert client.status()["state"] == "ready"
+
+
+def test_an_embedding_that_is_cut_fails_the_request_and_not_the_server(
+    made: Made, run_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made.store("llama-relu").path, tmp_path / "store")
+    store = Store.open(tmp_path / "store")
+    path = store.resident_paths()[0]
+    tensors = store.resident_tensors()
+    embedding = tensors["model.embed_tokens.weight"]
+    whole = path.read_bytes()
+    with serving(store, run_dir, cache="20%") as client:
+        os.truncate(path, embedding.offset + embedding.nbytes // 2)
+        with pytest.raises(RequestFailed, match=r"truncated.*inflash verify") as failure:
+            list(client.generate([5, VOCAB - 1], **LONG))
+        assert failure.value.service == "compute"
+        path.write_bytes(whole)
+        assert len(list(client.generate([5, VOCAB - 1], max_new_tokens=3, ignore_eos=True))) == 3
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_a_format_that_is_not_known_is_refused(
 def test_the_plan_has_the_bytes_of_packed_matrices(made: Made, variant: str, resident: str) -> None:
     """Those that compute makes: its matrices, and what stays as it is."""
     store = made.store(variant, "float16")
-    plan = make_plan(Settings(store.path, resident=resident), store)
+    plan = make_plan(Settings(store.path, resident=resident, embedding="memory"), store)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(store.config_dir))
     total = 2 * sum(b.size for n in range(store.geometry.layers) for b in store.biases(n).values())
     names = {

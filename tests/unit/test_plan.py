@@ -60,6 +60,37 @@ def test_the_lines_add_up(store_of: Any) -> None:
     assert plan.resident_bytes == store.resident_bytes
 
 
+def test_the_embedding_stays_on_flash_unless_all_neurons_are_cached(store_of: Any) -> None:
+    store = store_of("llama-gqa", "float16")
+    name, tensors = "model.embed_tokens.weight", store.resident_tensors()
+    kept, spared = (make_plan(settings(store, cache=c), store) for c in ("100%", "40%"))
+    assert (kept.embedding, spared.embedding) == ("memory", "flash")
+    assert kept.resident_bytes - spared.resident_bytes == tensors[name].nbytes
+    asked = [
+        make_plan(settings(store, cache="40%", embedding=e), store) for e in ("memory", "flash")
+    ]
+    assert [plan.embedding for plan in asked] == ["memory", "flash"]
+    assert asked[0].resident_bytes == kept.resident_bytes
+    assert asked[1] == spared
+
+
+def test_the_cache_has_the_room_of_the_embedding(store_of: Any) -> None:
+    store = store_of("llama-gqa", "float32")
+    kept = make_plan(settings(store, cache="50%", block=64, embedding="memory"), store)
+    spared = make_plan(settings(store, memory=kept.memory_bytes, block=64), store)
+    assert spared.embedding == "flash"
+    assert sum(spared.slots) > sum(kept.slots)
+
+
+def test_an_embedding_that_is_the_head_stays_in_memory(store_of: Any) -> None:
+    store = store_of("llama-tied", "float16")
+    assert make_plan(settings(store, cache="40%"), store).embedding == "memory"
+    with pytest.raises(SettingError, match=r"^INFLASH_EMBEDDING: flash, but .* is its head"):
+        make_plan(settings(store, cache="40%", embedding="flash"), store)
+    packed = make_plan(settings(store, cache="40%", resident="int8"), store)
+    assert packed.embedding == "flash", "its head has rows of its own"
+
+
 def test_room_is_kept_free(store_of: Any) -> None:
     store = store_of("opt", "float32")
     for budget in (2 * GB, 64 * GB):
