@@ -51,12 +51,8 @@ class Ahead:
     waiting: deque[Group] = field(default_factory=deque)  # with slots, not begun
     groups: list[Group] = field(default_factory=list)  # begun, over or not
     over: bool = False  # its layer's demand has come, or its step is over
-    wasted: int = 0  # of what was read, what that demand did not name; known when it is over
-
-    @property
-    def read(self) -> Ids:
-        """What was read for it, or is being read."""
-        return np.concatenate([self.named[:0], *(group.ids for group in self.groups)])
+    read: Ids = field(default_factory=lambda: np.empty(0, np.int32))  # known when it is over
+    wasted: int = 0  # of `read`, what that demand did not name
 
 
 class Lookahead:
@@ -132,8 +128,7 @@ class Lookahead:
         found = None
         for key, ahead in list(self._aheads.items()):
             if key == (step, layer):
-                self._learn(ahead, demanded)
-                self._end(ahead, demanded)
+                self._learn(ahead, self._end(ahead, demanded))
                 found = ahead
             elif key[0] != step or key[1] < layer:
                 self._end(ahead, demanded[:0])
@@ -200,19 +195,25 @@ class Lookahead:
         """Whether it is of a whole layer: of that there is nothing to learn, it will be needed."""
         return len(ahead.named) == self._neurons
 
-    def _learn(self, ahead: Ahead, demanded: Ids) -> None:
-        if len(read := ahead.read) and not self._is_whole(ahead):
-            place = np.zeros(self._neurons, np.int64)
-            place[ahead.named] = np.arange(len(ahead.named))
-            used = among(read, demanded, self._neurons)
-            self._useful.learn(ahead.fetch.layer, place[read], len(ahead.named), used)
-
-    def _end(self, ahead: Ahead, demanded: Ids) -> None:
+    def _end(self, ahead: Ahead, demanded: Ids) -> npt.NDArray[np.bool_]:
+        """Its layer's demand, or nothing, is `demanded`: a mask over what was read for it."""
         ahead.over = True
-        ahead.wasted = int(np.count_nonzero(~among(ahead.read, demanded, self._neurons)))
+        if ahead.groups:
+            ahead.read = np.concatenate([group.ids for group in ahead.groups])
+        used = among(ahead.read, demanded, self._neurons)
+        ahead.wasted = len(used) - int(np.count_nonzero(used))
         self.wasted += ahead.wasted
         self._let_go(ahead)
         del self._aheads[ahead.fetch.step, ahead.fetch.layer]
+        return used
+
+    def _learn(self, ahead: Ahead, used: npt.NDArray[np.bool_]) -> None:
+        """Of what was read `used` was demanded."""
+        if not len(used) or self._is_whole(ahead):
+            return
+        place = np.empty(self._neurons, np.int32)
+        place[ahead.named] = np.arange(len(ahead.named), dtype=np.int32)
+        self._useful.learn(ahead.fetch.layer, place[ahead.read], len(ahead.named), used)
 
     def _let_go(self, ahead: Ahead) -> None:
         pool = self._pools[ahead.fetch.layer]
@@ -221,6 +222,6 @@ class Lookahead:
         for group in ahead.waiting:
             pool.fail(group.slots)
         ahead.waiting.clear()
-        for slots in ahead.protected:
-            pool.unpin(slots)
+        if ahead.protected:
+            pool.unpin(np.concatenate(ahead.protected))
         ahead.protected.clear()

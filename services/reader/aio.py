@@ -92,11 +92,12 @@ class _Batch:
         self._blocks["offset"] = reads.offsets
         self._blocks["resfd"] = eventfd
         self._pointers = self._blocks.ctypes.data + index * _CONTROL.itemsize
+        self._pointers_at = self._pointers.ctypes.data
 
     @property
     def pointers(self) -> ctypes.c_void_p:
         """The addresses of the control blocks that are not begun, one after another."""
-        return ctypes.c_void_p(self._pointers[self.begun :].ctypes.data)
+        return ctypes.c_void_p(self._pointers_at + self.begun * self._pointers.itemsize)
 
     @property
     def waiting(self) -> int:
@@ -124,6 +125,7 @@ class Aio:
         self._call = ctypes.CDLL(None, use_errno=True).syscall
         self._call.restype = ctypes.c_long
         self._memory = memory  # keeps it mapped
+        self._memory_at = memory.ctypes.data
         self._files = open_files(paths, direct=True)
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._context = ctypes.c_ulong(0)
@@ -137,6 +139,7 @@ class Aio:
         self._depth = depth
         self._in_flight = 0  # with the kernel
         self._events = np.zeros(depth, _EVENT)
+        self._events_at = ctypes.c_void_p(self._events.ctypes.data)
         self._no_time = (ctypes.c_long * 2)(0, 0)
 
     def fileno(self) -> int:
@@ -146,8 +149,8 @@ class Aio:
         if self._closed:
             raise ValueError("the backend is closed")
         self._submitted += 1
-        address = self._memory.ctypes.data
-        batch = _Batch(self._submitted, tag, self._files[file], reads, address, self._eventfd)
+        number, at = self._submitted, self._memory_at
+        batch = _Batch(number, tag, self._files[file], reads, at, self._eventfd)
         self._running[batch.number] = batch
         self._queued.append(batch)
         self._fill()
@@ -205,7 +208,7 @@ class Aio:
             self._context,
             ctypes.c_long(at_least),
             ctypes.c_long(len(self._events)),
-            ctypes.c_void_p(self._events.ctypes.data),
+            self._events_at,
             ctypes.byref(self._no_time),
         )
         if count < 0:
