@@ -7,8 +7,8 @@ become int4, the head and the projections to values become int8, as in llama.cpp
 int4 values alone cost the demo model 1.9 % of perplexity (docs/measurements.md). A tied head gets
 rows of its own, for the embedding stays as it is.
 
-Of the tokens' embedding a token takes one row, which is read from the store as fast as a bundle: it
-need not be in memory, unless it is the head as well, which every token multiplies.
+Of the tokens' embedding a token takes one row, which can be read when the token comes: it need not
+be in memory, unless it is the head as well, which every token multiplies.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _OPTIONS = [
     click.option(
         "--embedding",
         type=click.Choice(["auto", "memory", "flash"]),
-        help="Of which a token takes a row: on flash that is read, and the cache has the room."
+        help="Where the tokens' embedding is. On flash, a token's row is read; the cache has room."
         " [default: auto: flash, unless all of the FFN is cached or it is the head as well]",
     ),
     click.option(

@@ -196,7 +196,8 @@ class Lookahead:
         return len(ahead.named) == self._neurons
 
     def _end(self, ahead: Ahead, demanded: Ids) -> npt.NDArray[np.bool_]:
-        """Its layer's demand, or nothing, is `demanded`: a mask over what was read for it."""
+        """Ends it; its layer's demand named `demanded`, none if that never came. Returns a mask
+        over what was read for it: what was demanded."""
         ahead.over = True
         if ahead.groups:
             ahead.read = np.concatenate([group.ids for group in ahead.groups])
