@@ -17,8 +17,9 @@ from numba import cfunc, types
 from numba.extending import overload
 from numba.np.numpy_support import carray
 
+from common.float_dot import dot_many_at
 from common.integer_dot import dot4_at, dot8_at
-from common.kernels import add_range_at, chosen, compiled, dot_range_at, end_of, next_turn
+from common.kernels import add_range_at, chosen, compiled, end_of, next_turn
 from common.native import added, call, pointer, read, seen, write
 from common.packed import (
     Bits,
@@ -143,7 +144,7 @@ def _dot(at: int, numbers: Any, items: Any) -> None:
     out, turns = _floats(numbers[_OUT], few, count), _turns_of(at)
     first, end = next_turn(turns, numbers[_STEP], count)
     while first < end:
-        dot_range_at(items, starts, xs, first, end, out)
+        dot_many_at(items, starts, xs, first, end, out)
         first, end = next_turn(turns, numbers[_STEP], count)
 
 

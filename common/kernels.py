@@ -35,10 +35,11 @@ BITS: dict[str, npt.DTypeLike] = {
     "int4": np.uint8,  # two in a byte: common/packed.py
 }
 
-VECTORS = 4  # that `dot_many_at` multiplies a row with at a time
 TILE_ROWS = 32  # rows that are taken for one vector after another while they are in a core's cache
 
-_CACHED = ("kernels", "integer_dot", "halves", "packed", "native", "jobs", "fired")
+_CACHED = (
+    "kernels", "vectors", "float_dot", "integer_dot", "halves", "packed", "native", "jobs", "fired",
+)  # fmt: skip
 
 
 def _keep_apart() -> None:
@@ -55,22 +56,32 @@ _keep_apart()
 
 # Sums may be taken in any order. That there are no NaNs is not promised: they must come through.
 compiled = njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+in_order = njit(cache=True, nogil=True)  # products are taken, too, as they are written
+
+
+def widened(builder: Any, value: Any, bits: Any, lanes: int = 0) -> Any:
+    """The number that `bits` stand for, as float32, or `lanes` of them in a register."""
+
+    def kind(element: Any) -> Any:
+        return ir.VectorType(element, lanes) if lanes else element
+
+    single = kind(ir.FloatType())
+    if bits == types.uint16:
+        return builder.fpext(builder.bitcast(value, kind(ir.HalfType())), single)
+    if bits == types.int16:  # the upper half of a float32
+        word = kind(ir.IntType(32))
+        shift = ir.Constant(word, [16] * lanes if lanes else 16)
+        return builder.bitcast(builder.shl(builder.zext(value, word), shift), single)
+    if bits == types.int8:
+        return builder.sitofp(value, single)
+    return value
 
 
 def _real(_: Any, bits: Any) -> Any:
     """The number that `bits` stand for, as float32."""
 
     def make(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (value,) = arguments
-        single = ir.FloatType()
-        if bits == types.uint16:
-            return builder.fpext(builder.bitcast(value, ir.HalfType()), single)
-        if bits == types.int16:  # the upper half of a float32
-            word = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(word, single)
-        if bits == types.int8:
-            return builder.sitofp(value, single)
-        return value
+        return widened(builder, arguments[0], bits)
 
     return types.float32(bits), make
 
@@ -96,60 +107,10 @@ def row_starts(rows: int, width: int) -> npt.NDArray[np.int64]:
 
 
 @compiled
-def dot_at(items: Any, starts: Any, x: Any, out: Any) -> None:
-    """out[i] = (the row of `items` that begins at starts[i]) · x.
-
-    `items` bits [any], contiguous; `starts` int64 and `out` float32 [rows]; `x` float32 [width].
-    Four rows at a time: more of memory is asked for at once, and `x` is loaded a quarter as often.
-    """
-    width = x.shape[0]
-    count = starts.shape[0]
-    for i in range(0, count - 3, 4):
-        a = items[starts[i] : starts[i] + width]
-        b = items[starts[i + 1] : starts[i + 1] + width]
-        c = items[starts[i + 2] : starts[i + 2] + width]
-        d = items[starts[i + 3] : starts[i + 3] + width]
-        p, q, r, s = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for k in range(width):
-            value = x[k]
-            p += real(a[k]) * value
-            q += real(b[k]) * value
-            r += real(c[k]) * value
-            s += real(d[k]) * value
-        out[i], out[i + 1], out[i + 2], out[i + 3] = p, q, r, s
-    for i in range(count - count % 4, count):
-        row = items[starts[i] : starts[i] + width]
-        total = np.float32(0)
-        for k in range(width):
-            total += real(row[k]) * x[k]
-        out[i] = total
-
-
-@compiled
-def dot_many_at(items: Any, starts: Any, xs: Any, first: int, end: int, out: Any) -> None:
-    """For i from `first` to `end`, out[b, i] = (the row of `items` that begins at starts[i]) ·
-    xs[b], as `dot_at` has it, to the bit: the same four sums side by side, of four vectors instead
-    of four rows.
-
-    `xs` float32 [vectors, width], a multiple of VECTORS; `out` float32 [vectors, rows]. Each row
-    comes from memory once.
-    """
-    width = xs.shape[1]
-    whole = end - (end - first) % 4
-    for i in range(first, whole):
-        row = items[starts[i] : starts[i] + width]
-        for b in range(0, xs.shape[0], VECTORS):
-            e, f, g, h = xs[b], xs[b + 1], xs[b + 2], xs[b + 3]
-            p, q, r, s = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for k in range(width):
-                value = real(row[k])
-                p += value * e[k]
-                q += value * f[k]
-                r += value * g[k]
-                s += value * h[k]
-            out[b, i], out[b + 1, i], out[b + 2, i], out[b + 3, i] = p, q, r, s
-    for b in range(xs.shape[0]):
-        dot_at(items, starts[whole:end], xs[b], out[b, whole:end])
+def one_after_another(starts: Any, first: int, end: int, size: int) -> Any:
+    """Whether rows of `size` items lie so, from that at starts[first] on: then they come from
+    memory as one stream, and fewer at a time are faster."""
+    return first < end and starts[end - 1] - starts[first] == (end - 1 - first) * size
 
 
 @compiled
@@ -173,16 +134,6 @@ def add_at(items: Any, starts: Any, weights: Any, out: Any) -> None:
         row, weight = items[starts[i] : starts[i] + width], weights[i]
         for k in range(width):
             out[k] += real(row[k]) * weight
-
-
-@compiled
-def dot_range_at(items: Any, starts: Any, xs: Any, first: int, end: int, out: Any) -> None:
-    """For i from `first` to `end`, out[b, i] = (the row that begins at starts[i]) · xs[b]: `xs`
-    float32 [vectors, width], one or a multiple of VECTORS; `out` float32 [vectors, rows]."""
-    if xs.shape[0] == 1:
-        dot_at(items, starts[first:end], xs[0], out[0, first:end])
-    else:
-        dot_many_at(items, starts, xs, first, end, out)
 
 
 @compiled

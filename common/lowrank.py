@@ -79,12 +79,12 @@ class Int8Rows:
         """`x` [n, width] times every row: [n, rows]."""
         if len(x) > PREDICT_TOGETHER_MAX:  # an evaluation's: not while a token waits
             return (x @ self.values.astype(np.float32).T) * self.scales
-        from common.kernels import dot_at, row_starts
+        from common.float_dot import dot_many_at
+        from common.kernels import row_starts
 
         starts = row_starts(*self.values.shape)
         out = np.empty((len(x), len(starts)), np.float32)
-        for one, products in zip(x, out, strict=True):
-            dot_at(self.values.reshape(-1), starts, one, products)
+        dot_many_at(self.values.reshape(-1), starts, np.ascontiguousarray(x), 0, len(starts), out)
         out *= self.scales
         return out
 

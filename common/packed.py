@@ -27,14 +27,9 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from common.integer_dot import round4, round8, scale_at
-from common.kernels import (
-    BITS,
-    VECTORS,
-    compiled,
-    real,
-    widen_at,
-)
+from common.kernels import BITS, compiled, real, widen_at
 from common.store.geometry import GROUP, SCALED, row_bytes
+from common.vectors import VECTORS
 
 Bits = npt.NDArray[Any]
 Starts = npt.NDArray[np.int64]
@@ -231,15 +226,17 @@ def pack_rows(rows: Floats, items: Bits, starts: Starts) -> None:
 
 def vectors_for(items: Bits, xs: Floats) -> Vectors:
     """Vectors `xs` [vectors, width] as products of rows take them, what they are rounded to, their
-    scales, and the sums of their groups: packed rows take int16. For other rows they are as they
-    are, their number brought to a multiple of VECTORS if they are several."""
-    (few, width), packed = xs.shape, items.dtype in (np.int8, np.uint8)
-    groups = width // GROUP if items.dtype == np.uint8 else 0
+    scales, and the sums of their groups: packed rows take int16, other rows them as they are. With
+    some of zeros, where several together take less time than two or three by themselves."""
+    few, width = xs.shape
+    if (left := few % VECTORS) > 1:
+        xs = np.concatenate([xs, np.zeros((VECTORS - left, width), np.float32)])
+        few = len(xs)
+    packed, groups = items.dtype in (np.int8, np.uint8), 0
+    if items.dtype == np.uint8:
+        groups = width // GROUP
     scales, sums = np.empty(few if packed else 0, np.float32), np.empty((few, groups), np.float32)
     if not packed:
-        whole = 1 if few == 1 else -(-few // VECTORS) * VECTORS
-        if whole > few:
-            xs = np.concatenate([xs, np.zeros((whole - few, width), np.float32)])
         return np.ascontiguousarray(xs), scales, sums
     numbers = np.empty((few, width), np.int16)
     if groups:

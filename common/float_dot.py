@@ -1,0 +1,124 @@
+"""Products of rows of floats, and of plain integers, with vectors of float32.
+
+Each number becomes float32 in a register; nothing is gathered, converted or copied first. Numbers
+are named as in common/kernels.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from common.kernels import compiled, one_after_another, widened
+from common.vectors import (
+    FIRST,
+    FLOAT,
+    LANES,
+    LINE_BYTES,
+    ROWS,
+    SECOND,
+    VECTORS,
+    Several,
+    every,
+    load,
+    number,
+    total,
+)
+
+STEP = 4 * LANES  # numbers of a row between two looks at whether it is over
+FUSED = ("contract",)  # a product and a sum are rounded once, where the processor has it so
+
+
+def _sums(rows: int, count: int, cache: int) -> Any:
+    def make_for(_: Any, items: Any, starts: Any, i: Any, xs: Any, v: Any, made: Any) -> Any:
+        """Of `items` the `rows` rows from starts[i] on, times `count` of `xs`, float32, from vector
+        `v` on, added to `made` float32 [rows × vectors].
+
+        What a row and a vector come to does not depend on those beside them, to the bit: LANES
+        sums of their own, and one of what is left at the end."""
+
+        def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            several = Several(context, builder, signature, given, rows, count)
+            sums = several.sums(every(FLOAT, LANES, 0.0))
+            rest = several.sums(every(FLOAT, 1, 0.0))
+            element = context.get_data_type(items.dtype)
+
+            def add(at: Any, lanes: int, to: list[list[Any]]) -> None:
+                parts = [load(builder, builder.gep(x, [at]), FLOAT, lanes) for x in several.vectors]
+                for row, those in zip(several.rows, to, strict=True):
+                    numbers = load(builder, builder.gep(row, [at]), element, lanes)
+                    numbers = widened(builder, numbers, items.dtype, lanes)
+                    for part, each in zip(parts, those, strict=True):
+                        made = builder.fmul(numbers, part, flags=FUSED)
+                        builder.store(builder.fadd(builder.load(each), made, flags=FUSED), each)
+
+            whole = builder.and_(several.width, number(-STEP))
+            line = LINE_BYTES * 8 // items.dtype.bitwidth
+            with several.steps(whole, STEP) as first:
+                for after in range(0, STEP, LANES):
+                    at = builder.add(first, number(after))
+                    if after % line == 0:
+                        several.ask(at, cache)
+                    add(at, LANES, sums)
+            with several.steps(several.width, 1, whole) as at:
+                add(at, 1, rest)
+
+            def value(row: int, vector: int) -> Any:
+                both = (builder.load(each[row][vector]) for each in (sums, rest))
+                return builder.fadd(*(total(builder, lanes) for lanes in both))
+
+            several.add(value)
+            return context.get_dummy_value()
+
+        return types.void(items, starts, types.int64, xs, types.int64, made), make
+
+    return make_for
+
+
+# How many rows, and how near the next ones: as was fastest (docs/measurements.md).
+_one_of_two: Any = intrinsic(_sums(2, 1, FIRST))
+_one: Any = intrinsic(_sums(ROWS, 1, SECOND))
+_four: Any = intrinsic(_sums(ROWS, VECTORS, SECOND))
+
+
+@compiled
+def dot_many_at(items: Any, starts: Any, xs: Any, first: int, end: int, out: Any) -> None:
+    """For i from `first` to `end`, out[v, i] = (the row of `items` that begins at starts[i]) ·
+    xs[v]. To the same bits whatever vectors and rows are beside it.
+
+    `items` bits [any], contiguous; `starts` int64 [rows]; `xs` float32 [vectors, width]; `out`
+    float32 [vectors, rows]. Each row comes from memory once.
+    """
+    vectors, width = xs.shape
+    made = np.empty(ROWS * VECTORS, np.float32)
+    if vectors == 1 and one_after_another(starts, first, end, width):
+        for i in range(first, end, 2):
+            made[:] = 0
+            _one_of_two(items, starts, i, xs, 0, made)
+            for r in range(i, min(i + 2, end)):
+                out[0, r] = made[r - i]
+        return
+    fours = vectors - vectors % VECTORS
+    for i in range(first, end, ROWS):
+        stop = min(i + ROWS, end)
+        for v in range(0, fours, VECTORS):
+            made[:] = 0
+            _four(items, starts, i, xs, v, made)
+            for r in range(i, stop):
+                for n in range(VECTORS):
+                    out[v + n, r] = made[(r - i) * VECTORS + n]
+        for v in range(fours, vectors):
+            made[:] = 0
+            _one(items, starts, i, xs, v, made)
+            for r in range(i, stop):
+                out[v, r] = made[r - i]
+
+
+@compiled
+def dot_at(items: Any, starts: Any, x: Any, out: Any) -> None:
+    """The same for all rows and one vector: `x` float32 [width], `out` float32 [rows]."""
+    count = starts.shape[0]
+    dot_many_at(items, starts, x.reshape(1, -1), 0, count, out.reshape(1, count))
