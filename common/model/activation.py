@@ -22,3 +22,8 @@ class Activation:
             raise ValueError(f"{self.name!r} is none of {', '.join(ACTIVATIONS)}")
         if not self.threshold >= 0 or (self.threshold and self.name != "fatrelu"):
             raise ValueError(f"{self.name} has no threshold of {self.threshold}")
+
+    @property
+    def squared(self) -> bool:
+        """Whether what is above the threshold is squared."""
+        return self.name == "relu2"

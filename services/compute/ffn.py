@@ -13,17 +13,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
+from common.firing import fire, scale
 from common.model.act import make_act
 from common.model.activation import Activation
+from common.packed import Floats, Vectors
 from common.plan import part_bundles
 from common.store.geometry import Geometry
 from services.compute.blocks import Tokens
 from services.compute.pipeline import Indices, Part, Pipeline
 from services.compute.products import Sums
+
+NONE = np.empty(0, np.float32)  # no biases
 
 
 class FlashFFN(nn.Module):
@@ -34,7 +37,7 @@ class FlashFFN(nn.Module):
         layer: int,
         geometry: Geometry,
         activation: Activation,
-        biases: Mapping[str, npt.NDArray[np.float32]],
+        biases: Mapping[str, Floats],
         pipeline: Pipeline,
     ):
         super().__init__()
@@ -42,6 +45,7 @@ class FlashFFN(nn.Module):
         self.hidden = geometry.hidden
         self.chunk = part_bundles(geometry)
         self.first = geometry.parts[0]  # the part that says whether a neuron fires
+        self.activation = activation
         self.act = make_act(activation)
         # Not buffers: they are the store's, float32, and no part of the model's state dict.
         self.biases = biases
@@ -50,29 +54,19 @@ class FlashFFN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The FFN's output for `x` [..., hidden], in x's shape and dtype; summed in float32."""
         rows = x.reshape(-1, self.hidden)
-        if len(rows) == 1:
-            out = self._one(rows)
-        elif len(rows) <= self.pipeline.rows.few:
-            out = self._few(rows)
-        else:
-            out = self._block(rows)
+        out = self._few(rows) if len(rows) <= self.pipeline.rows.few else self._block(rows)
         if "down" in self.biases:
             out += torch.from_numpy(self.biases["down"])
         return out.to(x.dtype).view(x.shape)
 
-    def _one(self, rows: torch.Tensor) -> torch.Tensor:
-        wide, out = rows[0].float(), torch.zeros(self.hidden)
-        for part in self.pipeline.parts(self.layer, rows):
-            self._add_one(out, wide, part)
-        return out
-
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
         """A few tokens, of one request or of several: the union of their neurons, for each of
         them."""
-        wide, out = rows.float(), torch.zeros(len(rows), self.hidden)
+        out, vectors = np.zeros((len(rows), self.hidden), np.float32), None
         for part in self.pipeline.parts(self.layer, rows):
-            self._add_few(out, wide, part)
-        return out
+            vectors = vectors or self.pipeline.rows.vectors(rows.float())
+            self._add_few(out, vectors, part)
+        return torch.from_numpy(out)
 
     def _block(self, rows: torch.Tensor) -> torch.Tensor:
         cached = self.pipeline.rows
@@ -89,33 +83,23 @@ class FlashFFN(nn.Module):
             return z
         return z.add_(torch.from_numpy(self.biases[name][ids]))
 
-    def _add_one(self, out: torch.Tensor, x: torch.Tensor, part: Part) -> None:
-        """Adds a part's share for one token, straight from the cache."""
-        first, rows = self.first, self.pipeline.rows
-        z = rows.dot(first, part.slots, x)
-        values = self.act(self._bias(z, first, part.ids)).numpy()
-        fires = np.flatnonzero(values)
-        self.pipeline.fired(part, len(fires))
-        if not len(fires):
+    def _add_few(self, out: Floats, vectors: Vectors, part: Part) -> None:
+        """Adds a part's share for a few tokens, straight from the cache. The other rows of a neuron
+        are touched if it fires for any of them, once for all."""
+        first, rows, act = self.first, self.pipeline.rows, self.activation
+        z = rows.dot(first, part.slots, vectors)
+        ids, slots, h = fire(
+            z, len(out), self._biases(first), part.ids, part.slots, act.threshold, act.squared
+        )
+        self.pipeline.fired(part, len(ids))
+        if not len(ids):
             return
-        h, slots = torch.from_numpy(values[fires]), part.slots[fires]
         if first == "gate":
-            h *= self._bias(rows.dot("up", slots, x), "up", part.ids[fires])
+            scale(h, rows.dot("up", slots, vectors), self._biases("up"), ids)
         rows.add("down", slots, h, out)
 
-    def _add_few(self, out: torch.Tensor, xs: torch.Tensor, part: Part) -> None:
-        """Adds a part's share for a few tokens, `xs` [tokens, hidden]. The other rows of a neuron
-        are touched if it fires for any of them, once for all."""
-        first, rows = self.first, self.pipeline.rows
-        h = self.act(self._bias(rows.dot_many(first, part.slots, xs), first, part.ids))
-        fires = np.flatnonzero(h.numpy().any(axis=0))
-        self.pipeline.fired(part, len(fires))
-        if not len(fires):
-            return
-        h, slots = torch.from_numpy(h.numpy()[:, fires]), part.slots[fires]
-        if first == "gate":
-            h *= self._bias(rows.dot_many("up", slots, xs), "up", part.ids[fires])
-        rows.add_many("down", slots, h, out)
+    def _biases(self, name: str) -> Floats:
+        return self.biases.get(name, NONE)
 
     def _add_block(self, sums: Sums, tokens: Tokens, ids: Indices, slots: Indices) -> None:
         """Adds the share of some neurons for many tokens; no more of them than the plan has room

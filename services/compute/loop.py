@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from common.fired import compile_fired
+from common.firing import compile_firing
 from common.jobs import compile_jobs
 from common.kernels import BITS, compile_for
 from common.lifecycle import Service
@@ -69,6 +70,7 @@ class ComputeLoop:
         plan = make_plan(service.settings, store)
         geometry, resident = store.geometry, service.settings.resident
         compile_for(geometry.compute_dtype)
+        compile_firing()
         compile_fired(np.zeros(2 * GROUP, BITS[geometry.number_format]))
         packed = ("int8", "int4") if resident != "float" else ()  # int4: some matrices are int8
         for number_format in {geometry.number_format, geometry.compute_dtype, *packed}:

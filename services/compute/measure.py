@@ -53,7 +53,8 @@ def packed(hidden: int) -> list[Ways]:
     """Our kernels by number format, and torch's over packed matrices."""
     products, random = Products(torch.get_num_threads()), torch.randn(SLOTS, hidden)
     named, fired = (torch.randperm(SLOTS)[:count].sort().values for count in (NAMED, FIRED))
-    x, h, out = torch.randn(hidden), torch.randn(FIRED), torch.zeros(hidden)
+    x, h = torch.randn(hidden), torch.randn(1, FIRED).numpy()
+    out = np.zeros((1, hidden), np.float32)
     up: dict[str, Callable[[], object]] = {}
     down: dict[str, Callable[[], object]] = {}
     resident: dict[str, Callable[[], object]] = {}
@@ -65,7 +66,9 @@ def packed(hidden: int) -> list[Ways]:
         for begin in (0, geometry.row_bytes):
             bundles[:, begin : begin + geometry.row_bytes] = part
         rows = CacheRows(bytearray(bundles), geometry, products)
-        up[f"up, {NAMED} rows: {name}"] = functools.partial(rows.dot, "up", named.numpy(), x)
+        up[f"up, {NAMED} rows: {name}"] = functools.partial(
+            rows.dot, "up", named.numpy(), rows.vectors(x[None])
+        )
         down[f"down, {FIRED} rows: {name}"] = functools.partial(
             rows.add, "down", fired.numpy(), h, out
         )
@@ -139,7 +142,9 @@ def bundles(dtype: torch.dtype, hidden: int) -> list[Ways]:
     region = bytearray(cache.numpy().tobytes())
     rows = CacheRows(region, geometry, Products(torch.get_num_threads()))
     up, down = cache[:, :hidden], cache[:, hidden : 2 * hidden]
-    x, h, out = torch.randn(hidden), torch.randn(FIRED), torch.zeros(hidden)
+    x, h = torch.randn(hidden), torch.randn(FIRED)
+    vectors, weights = rows.vectors(x[None]), h[None].numpy()
+    sums = np.zeros((1, hidden), np.float32)
     named, fired = (torch.randperm(SLOTS)[:count].sort().values for count in (NAMED, FIRED))
     every, start = torch.arange(FIRED), torch.zeros(1, dtype=torch.int64)
 
@@ -148,11 +153,13 @@ def bundles(dtype: torch.dtype, hidden: int) -> list[Ways]:
 
     return [
         {
-            f"up, {NAMED} rows: our kernel": lambda: rows.dot("up", named.numpy(), x),
+            f"up, {NAMED} rows: our kernel": lambda: rows.dot("up", named.numpy(), vectors),
             "up: gathered, mv": lambda: torch.mv(up.index_select(0, named), x.to(dtype)),
         },
         {
-            f"down, {FIRED} rows: our kernel": lambda: rows.add("down", fired.numpy(), h, out),
+            f"down, {FIRED} rows: our kernel": lambda: rows.add(
+                "down", fired.numpy(), weights, sums
+            ),
             "down: embedding_bag of the matrix": lambda: bag(cache.view(-1, hidden), fired * 2 + 1),
             "down: gathered, embedding_bag": lambda: bag(down.index_select(0, fired), every),
             "down: embedding_bag of a slice": lambda: bag(down, fired),

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from common.errors import LinkError
+from common.firing import within
 from common.lifecycle import Service
 from common.limits import (
     PART_S,
@@ -218,8 +219,7 @@ class Pipeline:
 
 
 def _within(raw: bytes | memoryview, bound: int) -> bool:
-    values = np.frombuffer(raw, dtype="<i4")
-    return not len(values) or (int(values.min()) >= 0 and int(values.max()) < bound)
+    return bool(within(np.frombuffer(raw, dtype="<i4"), bound))
 
 
 def _indices(raw: bytes | memoryview) -> Indices:

@@ -25,7 +25,7 @@ from common.fired import TILE_ROWS, add_fired, list_fired
 from common.jobs import Job, add_job, add_many_job, dot_job, listed, perform
 from common.kernels import BITS
 from common.limits import RUNNING_MAX
-from common.packed import pack_rows, vectors_for, widen_rows
+from common.packed import Floats, Vectors, pack_rows, vectors_for, widen_rows
 from common.store.geometry import GROUP
 from services.compute.blocks import Halves, Tokens, multiply_halves
 from services.compute.team import Team
@@ -94,36 +94,39 @@ class Products:
         """Of each of a few matrices the product of each row with each of a few vectors, `xs`
         float32 [vectors, width]: float32 [vectors, rows]. The threads meet once for all. What a
         vector comes to does not depend on those beside it, to the bit."""
-        few, width = xs.shape
         of = {items.dtype: items for items, _ in matrices}
         vectors = {dtype: vectors_for(items, xs.numpy()) for dtype, items in of.items()}
-        count = sum(len(starts) for _, starts in matrices)
-        size = few * width * sum(len(starts) * items.itemsize for items, starts in matrices)
+        given = [(items, starts, vectors[items.dtype]) for items, starts in matrices]
+        return [torch.from_numpy(out)[: len(xs)] for out in self._dot(given)]
+
+    def dot_few(self, items: Bits, starts: Starts, vectors: Vectors) -> Floats:
+        """The same of one matrix, and of vectors as `vectors_for` made them."""
+        return self._dot([(items, starts, vectors)])[0]
+
+    def _dot(self, matrices: Sequence[tuple[Bits, Starts, Vectors]]) -> list[Floats]:
+        count, size = 0, 0
+        for items, starts, (xs, *_) in matrices:
+            count += len(starts)
+            size += xs.size * len(starts) * items.itemsize
         step, jobs, outs = self._step(count, size, ROW_BLOCKS), [], []
-        for items, starts in matrices:
-            given = vectors[items.dtype]
-            outs.append(np.empty((len(given[0]), len(starts)), np.float32))
-            jobs.append(dot_job(items, starts, given, step, outs[-1]))
+        for items, starts, vectors in matrices:
+            outs.append(np.empty((len(vectors[0]), len(starts)), np.float32))
+            jobs.append(dot_job(items, starts, vectors, step, outs[-1]))
         self._do(jobs, step < count)
-        return [torch.from_numpy(out)[:few] for out in outs]
+        return outs
 
-    def add(self, items: Bits, starts: Starts, weights: torch.Tensor, out: torch.Tensor) -> None:
-        """out += the rows, each times its weight: `weights` float32 [rows], `out` float32
-        [width]. Threads share the width, so that none adds where another does."""
-        step = self._step(len(out), len(starts) * len(out) * items.itemsize, WIDTH_BLOCKS)
-        job = add_job(items, starts, weights.numpy(), step, out.numpy())
-        self._do([job], step < len(out))
-
-    def add_many(
-        self, items: Bits, starts: Starts, weights: torch.Tensor, out: torch.Tensor
-    ) -> None:
+    def add(self, items: Bits, starts: Starts, weights: Floats, out: Floats) -> None:
         """For each of a few vectors, out += the rows, each times its weight: `weights` float32
-        [vectors, rows], `out` float32 [vectors, width]. Threads share the width. To the bit what
-        `add` makes of each with the rows whose weight is not 0."""
-        width = out.shape[1]
-        size = int(np.count_nonzero(weights.numpy())) * width * items.itemsize
-        step = self._step(width, size, WIDTH_BLOCKS)
-        job = add_many_job(items, starts, weights.numpy(), step, out.numpy())
+        [vectors, rows], `out` float32 [vectors, width], contiguous. Threads share the width, so
+        that none adds where another does. To the bit what comes of each vector by itself with the
+        rows whose weight is not 0."""
+        few, width = out.shape
+        count = len(starts) if few == 1 else int(np.count_nonzero(weights))
+        step = self._step(width, count * width * items.itemsize, WIDTH_BLOCKS)
+        if few == 1:
+            job = add_job(items, starts, weights[0], step, out[0])
+        else:
+            job = add_many_job(items, starts, weights, step, out)
         self._do([job], step < width)
 
     def few_at_most(self, items: Bits) -> int:

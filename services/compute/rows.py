@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from common.firing import starts_of
 from common.kernels import BITS
+from common.packed import Floats, Vectors, vectors_for
 from common.segment import Region
 from common.store.geometry import Geometry
 from services.compute.blocks import Tokens
@@ -23,28 +25,24 @@ class CacheRows:
         self._items: Bits = np.frombuffer(region, BITS[geometry.number_format])
         self._products = products
         self.few = products.few_at_most(self._items)
-        """Tokens whose products are `dot_many`'s; of more a block's are faster."""
+        """Tokens whose products are `dot`'s; of more a block's are faster."""
         item, row = self._items.itemsize, geometry.row_bytes
         self._slot_items = geometry.stride_bytes // item
         self._place = {name: i * row // item for i, name in enumerate(geometry.parts)}
 
-    def dot(self, part: str, slots: Starts, x: torch.Tensor) -> torch.Tensor:
-        """The products of one part of the bundles in `slots` int64 [count] with `x` float32
-        [hidden]: float32 [count]."""
-        return self._products.dot(self._items, self._starts(part, slots), x)
+    def vectors(self, xs: torch.Tensor) -> Vectors:
+        """A few tokens, `xs` float32 [tokens, hidden], as `dot` takes them."""
+        return vectors_for(self._items, xs.numpy())
 
-    def add(self, part: str, slots: Starts, weights: torch.Tensor, out: torch.Tensor) -> None:
-        """Adds those rows, each times its weight, float32 [count], to `out` float32 [hidden]."""
-        self._products.add(self._items, self._starts(part, slots), weights, out)
+    def dot(self, part: str, slots: Starts, vectors: Vectors) -> Floats:
+        """The products of one part of the bundles in `slots` int64 [count] with a few tokens:
+        float32 [tokens or more, count]."""
+        return self._products.dot_few(self._items, self._starts(part, slots), vectors)
 
-    def dot_many(self, part: str, slots: Starts, xs: torch.Tensor) -> torch.Tensor:
-        """The same for a few tokens, `xs` float32 [tokens, hidden]: float32 [tokens, count]."""
-        return self._products.dot_each([(self._items, self._starts(part, slots))], xs)[0]
-
-    def add_many(self, part: str, slots: Starts, weights: torch.Tensor, out: torch.Tensor) -> None:
-        """Adds for each of a few tokens those rows, each times its weight, float32 [tokens, count],
+    def add(self, part: str, slots: Starts, weights: Floats, out: Floats) -> None:
+        """Adds those rows for each of a few tokens, each times its weight, float32 [tokens, count],
         to `out` float32 [tokens, hidden]."""
-        self._products.add_many(self._items, self._starts(part, slots), weights, out)
+        self._products.add(self._items, self._starts(part, slots), weights, out)
 
     def dot_block(self, part: str, slots: Starts, tokens: Tokens, take: Take) -> None:
         """Those products for each token of a block; some at a time they are given to `take`."""
@@ -63,4 +61,5 @@ class CacheRows:
         return self._products.sums(tokens, width)
 
     def _starts(self, part: str, slots: Starts) -> Starts:
-        return slots * self._slot_items + self._place[part]
+        starts: Starts = starts_of(slots, self._slot_items, self._place[part])
+        return starts

@@ -56,13 +56,14 @@ def decode(dtype: str, products: Products) -> dict[str, float]:
     rows, geometry = _rows(dtype, products)
     row_bytes = HIDDEN * geometry.item_bytes
     named, fired = (torch.randperm(SLOTS)[:count].sort().values.numpy() for count in (NAMED, FIRED))
-    weights, out = torch.randn(FIRED), torch.zeros(HIDDEN)
+    vectors = rows.vectors(x[None])
+    weights, out = torch.randn(1, FIRED).numpy(), np.zeros((1, HIDDEN), np.float32)
     key, value = (torch.randn(1, HEADS, TOKENS, WIDTH).to(computed) for _ in "kv")
     query = torch.randn(1, HEADS, 1, WIDTH).to(computed)
     made: dict[str, tuple[Callable[[], Any], int]] = {
         "resident": (lambda: [linear(x) for linear in linears],
                      RESIDENT * linears[0].rows.items.nbytes),
-        "named": (lambda: rows.dot("up", named, x), NAMED * row_bytes),
+        "named": (lambda: rows.dot("up", named, vectors), NAMED * row_bytes),
         "fired": (lambda: rows.add("down", fired, weights, out), FIRED * row_bytes),
         "context": (lambda: attend(nn.Identity(), query, key, value, None), 2 * key.nbytes),
     }  # fmt: skip

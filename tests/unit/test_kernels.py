@@ -89,10 +89,10 @@ def test_threads_share_a_product(threads: int) -> None:
     rows, width = 2 * SHARED_BYTES_MIN // 2 // 1000, 1000
     values, wide = matrix("float16", rows, width)
     products, starts = Products(threads), row_starts(rows, width)
-    x, weights, out = torch.randn(width), torch.randn(rows), torch.zeros(width)
+    x, weights, out = torch.randn(width), torch.randn(1, rows), torch.zeros(1, width)
     found = products.dot(bits_of(values), starts, x)
     assert torch.allclose(found, wide @ x, rtol=1e-4, atol=1e-3)
-    products.add(bits_of(values), starts, weights, out)
+    products.add(bits_of(values), starts, weights.numpy(), out.numpy())
     assert torch.allclose(out, weights @ wide, rtol=1e-4, atol=1e-2)
 
 
@@ -113,11 +113,12 @@ def test_a_vector_among_others_comes_to_the_same_bits(dtype: str, few: int, thre
     weights = torch.randn(few, rows) * (torch.rand(few, rows) < 0.3)
     alone = out.clone()
     dots = products.dot_each([(items, starts)], xs)[0]
-    products.add_many(items, starts, weights, out)
+    products.add(items, starts, weights.numpy(), out.numpy())
     for b in range(few):
         assert torch.equal(dots[b], products.dot(items, starts, xs[b]))
         fired = weights[b].nonzero().squeeze(1)
-        products.add(items, starts[fired.numpy()], weights[b][fired], alone[b])
+        its = weights[b : b + 1, fired].numpy()
+        products.add(items, starts[fired.numpy()], its, alone[b : b + 1].numpy())
         assert torch.equal(out[b], alone[b])
 
 

@@ -97,10 +97,11 @@ def test_products(number_format: str, threads: int, count: int) -> None:
     up, down = (torch.from_numpy(part[slots]) for part in stand_for)
     step = x.abs().max() / LARGEST  # of the rounded vector
     error = step * up.abs().sum(dim=1) / 2 + 1e-5 * hidden**0.5
-    assert ((cached.dot("up", slots, x) - up @ x).abs() <= error).all()
-    out = torch.ones(hidden)
-    cached.add("down", slots, weights, out)
-    assert torch.allclose(out, 1 + weights @ down, atol=max(count, 1) * 1e-5, rtol=1e-5)
+    made = torch.from_numpy(cached.dot("up", slots, cached.vectors(x[None])))
+    assert ((made[0] - up @ x).abs() <= error).all()
+    out = torch.ones(1, hidden)
+    cached.add("down", slots, weights[None].numpy(), out.numpy())
+    assert torch.allclose(out[0], 1 + weights @ down, atol=max(count, 1) * 1e-5, rtol=1e-5)
     block, heights = torch.randn(3, hidden), torch.randn(count, 3)
     found = torch.empty(count, 3)
     cached.dot_block("up", slots, cached.tokens(block), lambda i, j, z: found[i:j].copy_(z))

@@ -1,0 +1,81 @@
+"""Between two products of an FFN's rows with a few tokens: which neurons fire, and how strongly.
+
+One compiled pass each. After a product a core's caches hold weights and nothing else, so that every
+library that has a hand in the next lines is brought from memory again (docs/measurements.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from common.kernels import compiled
+
+
+@compiled
+def fire(
+    z: Any, few: int, bias: Any, ids: Any, slots: Any, threshold: float, squared: bool
+) -> tuple[Any, Any, Any]:
+    """Of `ids` and `slots` int64 [count] those of the neurons that fire for any of the first `few`
+    tokens of `z`, and their activations, float32 [few, fired], 0 where one does not fire.
+
+    `z` float32 [tokens, count], without `bias` float32 [neurons], or [0] for none. An activation is
+    z, or its square, above `threshold`. What is no number fires.
+    """
+    count, biased = ids.shape[0], bias.shape[0] > 0
+    which = np.empty(count, np.int64)
+    fired = 0
+    for i in range(count):
+        added = bias[ids[i]] if biased else np.float32(0)
+        fires = False
+        for t in range(few):
+            value = z[t, i] + added
+            if value <= threshold:
+                value = np.float32(0)
+            elif squared:
+                value *= value
+            fires |= value != 0
+            z[t, i] = value
+        which[fired] = i
+        fired += fires
+    h = np.empty((few, fired), np.float32)
+    their_ids, their_slots = np.empty(fired, np.int64), np.empty(fired, np.int64)
+    for k in range(fired):
+        their_ids[k], their_slots[k] = ids[which[k]], slots[which[k]]
+        for t in range(few):
+            h[t, k] = z[t, which[k]]
+    return their_ids, their_slots, h
+
+
+@compiled
+def scale(h: Any, up: Any, bias: Any, ids: Any) -> None:
+    """h *= `up` + the neurons' bias: `h` float32 [few, fired]; `up` [few or more, fired]."""
+    biased = bias.shape[0] > 0
+    for k in range(ids.shape[0]):
+        added = bias[ids[k]] if biased else np.float32(0)
+        for t in range(h.shape[0]):
+            h[t, k] *= up[t, k] + added
+
+
+@compiled
+def within(values: Any, bound: int) -> Any:
+    """Whether all are from 0 on and below `bound`."""
+    outside = 0
+    for value in values:  # all of them: so several are looked at at once
+        outside += (value < 0) | (value >= bound)
+    return outside == 0
+
+
+@compiled
+def starts_of(slots: Any, size: int, place: int) -> Any:
+    """Where the rows begin that lie at item `place` of slots of `size` items."""
+    return slots * size + place
+
+
+def compile_firing() -> None:
+    """Compiles what a step takes, so that no token waits for it."""
+    z, none, one = np.zeros((1, 1), np.float32), np.zeros(0, np.float32), np.zeros(1, np.int64)
+    ids, _, h = fire(z, 1, none, one, starts_of(one, 1, 0), 0.0, False)
+    scale(h, z, none, ids)
+    within(np.frombuffer(bytes(4), "<i4"), 1)
