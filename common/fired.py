@@ -15,7 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from common.kernels import add_at, compiled
+from common.float_rows import add_at
+from common.kernels import compiled
 from common.packed import Bits, Floats, Starts, scales_of, widen_range_at
 from common.store.geometry import GROUP
 

@@ -17,9 +17,9 @@ from numba import cfunc, types
 from numba.extending import overload
 from numba.np.numpy_support import carray
 
-from common.float_dot import dot_many_at
+from common.float_rows import add_range_at, dot_many_at
 from common.integer_dot import dot4_at, dot8_at
-from common.kernels import add_range_at, chosen, compiled, end_of, next_turn
+from common.kernels import chosen, compiled, end_of, next_turn
 from common.native import added, call, pointer, read, seen, write
 from common.packed import (
     Bits,

@@ -38,8 +38,8 @@ BITS: dict[str, npt.DTypeLike] = {
 TILE_ROWS = 32  # rows that are taken for one vector after another while they are in a core's cache
 
 _CACHED = (
-    "kernels", "vectors", "float_dot", "integer_dot", "halves", "packed", "native", "jobs", "fired",
-    "firing",
+    "kernels", "vectors", "float_rows", "integer_dot", "halves", "packed", "native", "jobs",
+    "fired", "firing",
 )  # fmt: skip
 
 
@@ -112,35 +112,6 @@ def one_after_another(starts: Any, first: int, end: int, size: int) -> Any:
     """Whether rows of `size` items lie so, from that at starts[first] on: then they come from
     memory as one stream, and fewer at a time are faster."""
     return first < end and starts[end - 1] - starts[first] == (end - 1 - first) * size
-
-
-@compiled
-def add_at(items: Any, starts: Any, weights: Any, out: Any) -> None:
-    """out += Σ weights[i] × (the row of `items` that begins at starts[i]).
-
-    `items` bits [any], contiguous; `starts` int64 and `weights` float32 [rows]; `out` float32
-    [width]. Four rows at a time: so `out`, too, goes through registers a quarter as often.
-    """
-    width = out.shape[0]
-    count = starts.shape[0]
-    for i in range(0, count - 3, 4):
-        a = items[starts[i] : starts[i] + width]
-        b = items[starts[i + 1] : starts[i + 1] + width]
-        c = items[starts[i + 2] : starts[i + 2] + width]
-        d = items[starts[i + 3] : starts[i + 3] + width]
-        p, q, r, s = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
-        for k in range(width):
-            out[k] += real(a[k]) * p + real(b[k]) * q + real(c[k]) * r + real(d[k]) * s
-    for i in range(count - count % 4, count):
-        row, weight = items[starts[i] : starts[i] + width], weights[i]
-        for k in range(width):
-            out[k] += real(row[k]) * weight
-
-
-@compiled
-def add_range_at(items: Any, starts: Any, weights: Any, width: int, first: int, out: Any) -> None:
-    """`add_at` of rows of `width` numbers, from number `first`, as many as `out` has."""
-    add_at(items, starts + first, weights, out)
 
 
 @compiled

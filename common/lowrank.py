@@ -79,7 +79,7 @@ class Int8Rows:
         """`x` [n, width] times every row: [n, rows]."""
         if len(x) > PREDICT_TOGETHER_MAX:  # an evaluation's: not while a token waits
             return (x @ self.values.astype(np.float32).T) * self.scales
-        from common.float_dot import dot_many_at
+        from common.float_rows import dot_many_at
         from common.kernels import row_starts
 
         starts = row_starts(*self.values.shape)
@@ -106,7 +106,8 @@ class Int8Tall:
         """`x` [n, width] times every row: [n, rows]."""
         if len(x) > PREDICT_TOGETHER_MAX:
             return (x @ self.values.astype(np.float32)) * self.scales
-        from common.kernels import add_at, row_starts
+        from common.float_rows import add_at
+        from common.kernels import row_starts
 
         starts = row_starts(*self.values.shape)
         out = np.zeros((len(x), self.values.shape[1]), np.float32)

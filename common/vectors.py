@@ -62,6 +62,19 @@ def load(builder: Any, pointer: Any, element: Any, count: int) -> Any:
     return loaded
 
 
+def store(builder: Any, pointer: Any, values: Any) -> None:
+    """The other way."""
+    kept = builder.store(values, builder.bitcast(pointer, values.type.as_pointer()))
+    kept.align = 1
+
+
+def spread(builder: Any, value: Any, count: int) -> Any:
+    """`count` times a value in a register."""
+    kind = of(value.type, count)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, one, ir.Constant(of(I32, count), [0] * count))
+
+
 def pick(builder: Any, vector: Any, chosen: Any) -> Any:
     return builder.shuffle_vector(vector, vector, ir.Constant(of(I32, len(chosen)), list(chosen)))
 
@@ -85,18 +98,16 @@ def _ask_for(builder: Any, pointer: Any, cache: int) -> None:
     builder.call(prefetch, [pointer, to_read, near, data])
 
 
-class Several:
-    """Some rows, those that come after them, and a few vectors: what a kernel goes through."""
+class Rows:
+    """Some rows, and as many that come after them."""
 
     def __init__(
-        self, context: Any, builder: Any, signature: Any, given: Sequence[Any], rows: int, few: int
+        self, context: Any, builder: Any, signature: Any, given: Sequence[Any], count: int
     ) -> None:
-        """`rows` rows of `items` from starts[i] on, and `few` of `xs` [vectors, width] from vector
-        v on: `given` begin with items, starts, i, xs, v and `made`, float32 [rows × vectors], to
-        which is added what comes of them. After the last row comes the last again."""
+        """`count` rows of `items` from starts[i] on: `given` begin with items, starts and i. After
+        the last row comes the last again."""
         self._builder = builder
-        items, starts, _, vectors, _, made = signature.args[:6]
-        self._made = context.make_array(made)(context, builder, given[5]).data
+        items, starts = signature.args[:2]
         of_starts = context.make_array(starts)(context, builder, given[1])
         last = builder.sub(builder.extract_value(of_starts.shape, 0), number(1))
 
@@ -105,22 +116,15 @@ class Several:
             begin = builder.load(builder.gep(of_starts.data, [at]))
             return item_at(context, builder, items, given[0], begin)
 
-        self.rows = [row(after) for after in range(rows)]
-        self._next = [row(rows + after) for after in range(rows)]
-        self.width = width_of(context, builder, vectors, given[3])
-        self.vectors = rows_at(context, builder, vectors, given[3], given[4], few)
+        self.rows = [row(after) for after in range(count)]
+        self._next = [row(count + after) for after in range(count)]
 
     def least(self, one: Any, other: Any) -> Any:
         """Of two int64."""
         return self._builder.select(self._builder.icmp_signed("<", one, other), one, other)
 
-    def sums(self, zero: Any) -> list[list[Any]]:
-        """Of each row a sum for each vector, `zero` at first."""
-        builder = self._builder
-        return [[cgutils.alloca_once_value(builder, zero) for _ in self.vectors] for _ in self.rows]
-
     def ask(self, at: Any, cache: int) -> None:
-        """For the line with item `at` of each row that comes next."""
+        """For the line with item `at` of each row that comes next, as far as a cache."""
         for row in self._next:
             _ask_for(self._builder, self._builder.gep(row, [at]), cache)
 
@@ -130,6 +134,26 @@ class Several:
         begin = number(0) if first is None else first
         with cgutils.for_range_slice(self._builder, begin, end, number(step)) as (at, _):
             yield at
+
+
+class Several(Rows):
+    """Some rows and a few vectors: what a product goes through."""
+
+    def __init__(
+        self, context: Any, builder: Any, signature: Any, given: Sequence[Any], rows: int, few: int
+    ) -> None:
+        """`few` of `xs` [vectors, width] from vector v on: after a `Rows`' own, `given` have xs, v
+        and `made`, float32 [rows × vectors], to which is added what comes of them."""
+        super().__init__(context, builder, signature, given, rows)
+        vectors, _, made = signature.args[3:6]
+        self._made = context.make_array(made)(context, builder, given[5]).data
+        self.width = width_of(context, builder, vectors, given[3])
+        self.vectors = rows_at(context, builder, vectors, given[3], given[4], few)
+
+    def sums(self, zero: Any) -> list[list[Any]]:
+        """Of each row a sum for each vector, `zero` at first."""
+        builder = self._builder
+        return [[cgutils.alloca_once_value(builder, zero) for _ in self.vectors] for _ in self.rows]
 
     def add(self, value: Callable[[int, int], Any]) -> None:
         """Adds value(row, vector) to what is in `made`."""

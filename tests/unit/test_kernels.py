@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.float_dot import dot_at
-from common.kernels import BITS, add_at, mix, row_starts, score, widen_at
+from common.float_rows import add_at, dot_at
+from common.kernels import BITS, mix, row_starts, score, widen_at
 from common.packed import packed
 from services.compute.products import (
     CHUNK_ROWS,

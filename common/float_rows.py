@@ -1,4 +1,4 @@
-"""Products of rows of floats, and of plain integers, with vectors of float32.
+"""Products of rows of floats, and of plain integers, with vectors of float32; and their sums.
 
 Each number becomes float32 in a register; nothing is gathered, converted or copied first. Numbers
 are named as in common/kernels.py.
@@ -21,10 +21,14 @@ from common.vectors import (
     ROWS,
     SECOND,
     VECTORS,
+    Rows,
     Several,
     every,
+    item_at,
     load,
     number,
+    spread,
+    store,
     total,
 )
 
@@ -122,3 +126,81 @@ def dot_at(items: Any, starts: Any, x: Any, out: Any) -> None:
     """The same for all rows and one vector: `x` float32 [width], `out` float32 [rows]."""
     count = starts.shape[0]
     dot_many_at(items, starts, x.reshape(1, -1), 0, count, out.reshape(1, count))
+
+
+def _added(rows: int) -> Any:
+    def make_for(
+        _: Any, items: Any, starts: Any, i: Any, begin: Any, weights: Any, out: Any
+    ) -> Any:
+        """out += of the `rows` rows from starts[i] on, from number `begin`, each times its
+        weight."""
+
+        def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            some = Rows(context, builder, signature, given, rows)
+            i, begin, weights, out = given[2:]
+            kinds = signature.args[4:]
+            to = context.make_array(kinds[1])(context, builder, out)
+            width = builder.extract_value(to.shape, 0)
+            element = context.get_data_type(items.dtype)
+            by = [
+                builder.load(
+                    item_at(context, builder, kinds[0], weights, builder.add(i, number(r)))
+                )
+                for r in range(rows)
+            ]
+
+            def add(at: Any, lanes: int) -> None:
+                place = builder.gep(to.data, [at])
+                made = load(builder, place, FLOAT, lanes)
+                for row, weight in zip(some.rows, by, strict=True):
+                    numbers = load(
+                        builder, builder.gep(row, [builder.add(begin, at)]), element, lanes
+                    )
+                    numbers = widened(builder, numbers, items.dtype, lanes)
+                    made = builder.fadd(
+                        made,
+                        builder.fmul(numbers, spread(builder, weight, lanes), flags=FUSED),
+                        flags=FUSED,
+                    )
+                store(builder, place, made)
+
+            whole = builder.and_(width, number(-STEP))
+            line = LINE_BYTES * 8 // items.dtype.bitwidth
+            with some.steps(whole, STEP) as first:
+                for after in range(0, STEP, LANES):
+                    at = builder.add(first, number(after))
+                    if after % line == 0:
+                        some.ask(builder.add(begin, at), SECOND)
+                    add(at, LANES)
+            with some.steps(width, 1, whole) as at:
+                add(at, 1)
+            return context.get_dummy_value()
+
+        return types.void(items, starts, types.int64, types.int64, weights, out), make
+
+    return make_for
+
+
+_add_one: Any = intrinsic(_added(1))
+_add_four: Any = intrinsic(_added(ROWS))
+
+
+@compiled
+def add_range_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out: Any) -> None:
+    """out += Σ weights[i] × (the row of `items` that begins at starts[i]), of its numbers those
+    from `begin` on, as many as `out` has.
+
+    `items` bits [any], contiguous; `starts` int64 and `weights` float32 [rows]; `out` float32
+    [numbers]. ROWS rows at a time: so `out` goes through registers as much less often.
+    """
+    count = starts.shape[0]
+    for i in range(0, count - ROWS + 1, ROWS):
+        _add_four(items, starts, i, begin, weights, out)
+    for i in range(count - count % ROWS, count):
+        _add_one(items, starts, i, begin, weights, out)
+
+
+@compiled
+def add_at(items: Any, starts: Any, weights: Any, out: Any) -> None:
+    """The same of whole rows: `out` float32 [width]."""
+    add_range_at(items, starts, weights, out.shape[0], 0, out)
