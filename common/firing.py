@@ -1,4 +1,4 @@
-"""Between two products of an FFN's rows with a few tokens: which neurons fire, and how strongly.
+"""After products with a few tokens: which neurons are named, which fire, and how strongly.
 
 One compiled pass each. After a product a core's caches hold weights and nothing else, so that every
 library that has a hand in the next lines is brought from memory again (docs/measurements.md).
@@ -11,6 +11,22 @@ from typing import Any
 import numpy as np
 
 from common.kernels import compiled
+
+
+@compiled
+def name(sums: Any, scales: Any, bias: Any) -> Any:
+    """Ascending ids int32 of the neurons for which `sums` × `scales` + `bias` is above 0 in any
+    row: `sums` float32 [rows, neurons], the others [neurons]."""
+    rows, neurons = sums.shape
+    ids = np.empty(neurons, np.int32)
+    named = 0
+    for n in range(neurons):
+        is_named = False
+        for r in range(rows):
+            is_named |= sums[r, n] * scales[n] + bias[n] > 0
+        ids[named] = n
+        named += is_named
+    return ids[:named]
 
 
 @compiled

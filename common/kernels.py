@@ -111,7 +111,10 @@ def row_starts(rows: int, width: int) -> npt.NDArray[np.int64]:
 def one_after_another(starts: Any, first: int, end: int, size: int) -> Any:
     """Whether rows of `size` items lie so, from that at starts[first] on: then they come from
     memory as one stream, and fewer at a time are faster."""
-    return first < end and starts[end - 1] - starts[first] == (end - 1 - first) * size
+    elsewhere = 0
+    for i in range(first + 1, end):  # all of them: so several are looked at at once
+        elsewhere += starts[i] - starts[i - 1] != size
+    return elsewhere == 0
 
 
 @compiled

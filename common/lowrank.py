@@ -106,6 +106,10 @@ class Int8Tall:
         """`x` [n, width] times every row: [n, rows]."""
         if len(x) > PREDICT_TOGETHER_MAX:
             return (x @ self.values.astype(np.float32)) * self.scales
+        return self.sums(x) * self.scales
+
+    def sums(self, x: Floats) -> Floats:
+        """The same of a few, without the scales."""
         from common.float_rows import add_at
         from common.kernels import row_starts
 
@@ -113,7 +117,6 @@ class Int8Tall:
         out = np.zeros((len(x), self.values.shape[1]), np.float32)
         for one, products in zip(x, out, strict=True):
             add_at(self.values.reshape(-1), starts, one, products)
-        out *= self.scales
         return out
 
 
@@ -144,7 +147,12 @@ class Factors:
 
     def name(self, features: Floats) -> Ids:
         """Ascending ids of the neurons named for any of the rows [rows, features]."""
-        return np.flatnonzero(self.scores(features).max(axis=0) > 0).astype(np.int32)
+        if len(features) > PREDICT_TOGETHER_MAX:
+            return np.flatnonzero(self.scores(features).max(axis=0) > 0).astype(np.int32)
+        from common.firing import name
+
+        named: Ids = name(self.b.sums(self.a.dot(features)), self.b.scales, self.bias)
+        return named
 
     def rank(self, features: Floats) -> Ids:
         """Ids of the neurons named for any of the rows [rows, features], the surest first."""

@@ -20,6 +20,7 @@ from services.compute.blocks import Share, alone
 from services.compute.products import SHARED_BYTES_MIN, Bits, bits_of
 
 ATTENTION = "single_sequence"
+TOGETHER = 1 << 16  # scores that are made by one call: a call takes as long as some thousands
 
 
 class Held(NamedTuple):
@@ -135,7 +136,7 @@ def _attend_block(
         )
         out[:, first * group : end * group] = made[0].transpose(0, 1)
 
-    share(kv_heads, 1, work)
+    share(kv_heads, max(TOGETHER // (group * rows * tokens), 1), work)
     return out
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from common.halves import PRODUCTS, gather_rows, halve_rows, halve_tokens, join
-from common.kernels import BITS, row_starts
-from common.packed import Bits, Floats, Starts
+from common.kernels import BITS, one_after_another, row_starts
+from common.packed import Bits, Floats, Starts, scales_of
 from common.store.geometry import row_bytes
 from services.compute.turns import median_us
 
@@ -84,15 +84,19 @@ def multiply_halves(items: Bits, starts: Starts, halves: Halves, room: Room) -> 
     """The product of each row with each token: float32 [rows, tokens], in the thread's own
     memory."""
     numbers, scales = halves
-    count, tokens, whole = len(starts), len(scales), items.dtype == np.int8
-    row_scales = np.empty(count, np.float32)
-    high = room("high", (count, numbers.shape[1]), torch.int8)
+    count, tokens, width = len(starts), len(scales), numbers.shape[1]
+    whole = items.dtype == np.int8
     both = room("both", (count, 2 * tokens), torch.int32)
     of_low = room("of_low", (count, 0 if whole else tokens), torch.int32)
-    if whole:
+    if whole and one_after_another(starts, 0, count, width):
+        high = torch.from_numpy(items[starts[0] :][: count * width]).view(count, width)
+        row_scales = scales_of(items, starts)
+    elif whole:
+        high, row_scales = room("high", (count, width), torch.int8), np.empty(count, np.float32)
         gather_rows(items, starts, high.numpy(), row_scales)
     else:
-        low = room("low", (count, numbers.shape[1]), torch.int8)
+        high, row_scales = room("high", (count, width), torch.int8), np.empty(count, np.float32)
+        low = room("low", (count, width), torch.int8)
         halve_rows(items, starts, high.numpy(), low.numpy(), row_scales)
         torch._int_mm(low, numbers[:tokens].T, out=of_low)
     torch._int_mm(high, numbers.T, out=both)

@@ -46,6 +46,17 @@ def multiply(products: Products, items: Bits, starts: Starts, x: torch.Tensor) -
 
 
 @pytest.mark.parametrize("number_format", FORMATS)
+def test_rows_come_to_the_same_wherever_they_lie(number_format: str) -> None:
+    """Of int8 rows those that lie one after another are multiplied where they are."""
+    items, starts, _ = matrix(number_format, 9)
+    products, x = Products(1, HALVED), torch.randn(19, WIDTH)
+    backwards = multiply(products, items, starts, x)
+    for order in (range(8, -1, -1), [0, 2, 1, 3], [3, 1, 2, 0], [6, 5], [4]):
+        found = multiply(products, items, starts[list(order)], x)
+        assert torch.equal(found, backwards[list(order)])
+
+
+@pytest.mark.parametrize("number_format", FORMATS)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 19, 130])
 def test_no_more_is_lost_than_is_rounded(number_format: str, threads: int, tokens: int) -> None:

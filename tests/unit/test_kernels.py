@@ -122,6 +122,21 @@ def test_a_vector_among_others_comes_to_the_same_bits(dtype: str, few: int, thre
         assert torch.equal(out[b], alone[b])
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8", "int4"])
+@pytest.mark.parametrize("width", [64, 32 * 33])
+def test_rows_come_to_the_same_bits_wherever_they_lie(dtype: str, width: int) -> None:
+    """Those that lie one after another are taken otherwise than those that do not."""
+    if dtype in DTYPES:
+        items, starts = bits_of(matrix(dtype, 9, width)[0]), row_starts(9, width)
+    else:
+        raw = packed(matrix("float32", 9, width)[1].numpy(), dtype)
+        items, starts = raw.reshape(-1).view(BITS[dtype]), row_starts(*raw.shape)
+    products, x = Products(1), torch.randn(width)
+    in_order = products.dot(items, starts, x)
+    for order in ([0, 2, 1, 3], [8, 7, 6, 5, 4, 3, 2, 1, 0], [4, 4, 4], [5]):
+        assert torch.equal(products.dot(items, starts[order], x), in_order[order])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_share_a_block_of_tokens(dtype: str, threads: int) -> None:
