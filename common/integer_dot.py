@@ -85,10 +85,7 @@ def _sums8(rows: int, count: int, cache: int) -> Any:
                 return total(builder, builder.sitofp(made, of(FLOAT, LANES)))
 
             with several.steps(several.width, CHUNK) as first:
-                end = builder.add(first, number(CHUNK))
-                end = builder.select(
-                    builder.icmp_signed("<", end, several.width), end, several.width
-                )
+                end = several.least(builder.add(first, number(CHUNK)), several.width)
                 lines = builder.and_(end, number(-LINE_BYTES))
                 with several.steps(lines, LINE_BYTES, first) as line:
                     several.ask(line, cache)

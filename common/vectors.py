@@ -19,6 +19,7 @@ VECTORS = 4  # that a row is multiplied with at a time
 ROWS = 4  # that are multiplied at a time
 LANES = 8
 LINE_BYTES = 64  # that memory gives at a time
+FIRST, SECOND = 3, 2  # of a core's caches, as LLVM has it
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
@@ -63,7 +64,7 @@ def load(builder: Any, pointer: Any, element: Any, count: int) -> Any:
 
 
 def store(builder: Any, pointer: Any, values: Any) -> None:
-    """The other way."""
+    """Puts a register's elements where a pointer says, at any address."""
     kept = builder.store(values, builder.bitcast(pointer, values.type.as_pointer()))
     kept.align = 1
 
@@ -85,9 +86,6 @@ def total(builder: Any, lanes: Any) -> Any:
         both = (pick(builder, lanes, range(first, first + half)) for first in (0, half))
         lanes = builder.fadd(*both)
     return builder.extract_element(lanes, ir.Constant(I32, 0))
-
-
-FIRST, SECOND = 3, 2  # of a core's caches, as LLVM has it
 
 
 def _ask_for(builder: Any, pointer: Any, cache: int) -> None:

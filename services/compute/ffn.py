@@ -112,8 +112,8 @@ class FlashFFN(nn.Module):
         rows.dot_block(self.first, slots, tokens, activate)
         if self.first == "gate":
 
-            def scale(first: int, end: int, z: torch.Tensor) -> None:
+            def gate(first: int, end: int, z: torch.Tensor) -> None:
                 h[first:end] *= self._bias(z.T, "up", ids[first:end]).T
 
-            rows.dot_block("up", slots, tokens, scale)
+            rows.dot_block("up", slots, tokens, gate)
         rows.add_block("down", slots, h, sums)
