@@ -121,13 +121,6 @@ def dot_many_at(items: Any, starts: Any, xs: Any, first: int, end: int, out: Any
                 out[v, r] = made[r - i]
 
 
-@compiled
-def dot_at(items: Any, starts: Any, x: Any, out: Any) -> None:
-    """The same for all rows and one vector: `x` float32 [width], `out` float32 [rows]."""
-    count = starts.shape[0]
-    dot_many_at(items, starts, x.reshape(1, -1), 0, count, out.reshape(1, count))
-
-
 def _added(rows: int) -> Any:
     def make_for(
         _: Any, items: Any, starts: Any, i: Any, begin: Any, weights: Any, out: Any

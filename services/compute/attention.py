@@ -20,7 +20,7 @@ from services.compute.blocks import Share, alone
 from services.compute.products import SHARED_BYTES_MIN, Bits, bits_of
 
 ATTENTION = "single_sequence"
-TOGETHER = 1 << 16  # scores that are made by one call: a call takes as long as some thousands
+TOGETHER = 1 << 16  # scores that are made by one call, if a head has fewer
 
 
 class Held(NamedTuple):

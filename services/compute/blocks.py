@@ -140,7 +140,8 @@ def probe_blocks() -> BlockProbe:
     def of(name: str) -> Callable[[], object]:
         row = np.dtype(BITS[name])
         width = row_bytes(name, PROBE_WIDTH) // row.itemsize
-        items, starts = np.ones(PROBE_ROWS * width, row), row_starts(PROBE_ROWS, width)
+        # The last first: gathered, as most bundles are.
+        items, starts = np.ones(PROBE_ROWS * width, row), row_starts(PROBE_ROWS, width)[::-1].copy()
         return lambda: multiply_halves(items, starts, tokens.halves, room)
 
     ways: Mapping[str, Callable[[], object]] = {

@@ -17,7 +17,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from common.limits import PREDICT_REQUESTS_KEPT
-from common.lowrank import Floats, Ids, ahead_features, read_predictors
+from common.lowrank import AHEAD_PARTS, Floats, Ids, ahead_features, read_predictors
 from common.store.store import Store
 
 
@@ -99,7 +99,9 @@ class LowRank:
         # By request, the longest unheard-of first, and layer: the newest token's input [hidden].
         self._latest: OrderedDict[int, dict[int, Floats]] = OrderedDict()
         # Compiles what it takes, for an input as messages bring it, so that no token waits for it.
-        self.name(0, np.frombuffer(bytes(4 * store.geometry.hidden), np.float32)[None])
+        hidden = store.geometry.hidden
+        self.name(0, np.frombuffer(bytes(4 * hidden), np.float32)[None])
+        self._ahead[0].rank(np.zeros((1, AHEAD_PARTS * hidden), np.float32))
 
     def name(self, layer: int, x: Floats) -> Ids:
         return self._same[layer].name(x)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from common.float_rows import add_at, dot_at
+from common.float_rows import add_at, dot_many_at
 from common.kernels import BITS, mix, row_starts, score, widen_at
 from common.packed import packed
 from services.compute.products import (
@@ -19,6 +21,11 @@ from services.compute.products import (
 )
 
 DTYPES = ["float16", "bfloat16", "float32"]
+
+
+def dot_at(items: Any, starts: Any, x: Any, out: Any) -> None:
+    """Of one vector."""
+    dot_many_at(items, starts, x[None], 0, len(starts), out[None])
 
 
 def matrix(dtype: str, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
