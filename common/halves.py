@@ -23,12 +23,13 @@ PRODUCTS = {"float16": 3, "int8": 2, "int4": 3}
 
 
 @compiled
-def halve_tokens(rows: Any, first: int, end: int, halves: Any, scales: Any) -> None:
-    """Of the tokens from `first` to `end` of `rows` float32 [tokens, width] the halves and scales:
-    int8 [2 × tokens, width], the high ones first, and float32 [tokens]."""
-    tokens = rows.shape[0]
-    for t in range(first, end):
-        scales[t] = _halve_at(rows[t], halves[t], halves[tokens + t])
+def halve_tokens(rows: Any, first: int, halves: Any, scales: Any) -> None:
+    """Of some tokens, `rows` float32 [some, width], token `first` and those after it, the halves
+    and scales: int8 [2 × tokens, width], the high ones first, and float32 [tokens]."""
+    tokens = scales.shape[0]
+    for i in range(rows.shape[0]):
+        t = first + i
+        scales[t] = halve_at(rows[i], halves[t], halves[tokens + t])
 
 
 @compiled
@@ -39,11 +40,11 @@ def halve_rows(items: Any, starts: Any, high: Any, low: Any, scales: Any) -> Non
     wide = np.empty((1, width), np.float32)  # of one row: it stays in a core's nearest cache
     for i in range(starts.shape[0]):
         widen_range_at(items, starts[i : i + 1], width, 0, wide)
-        scales[i] = _halve_at(wide[0], high[i], low[i])
+        scales[i] = halve_at(wide[0], high[i], low[i])
 
 
 @compiled
-def _halve_at(x: Any, high: Any, low: Any) -> Any:
+def halve_at(x: Any, high: Any, low: Any) -> Any:
     """Fills int8 `high` and `low` with the halves of float32 `x`, and returns its scale."""
     scale, inverse = steps_of(x, LARGEST)
     if inverse == 0:  # a product of 0 and NaN would be no number

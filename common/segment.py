@@ -138,6 +138,20 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
+def large_pages(size_bytes: int) -> npt.NDArray[np.uint8]:
+    """Memory of our own, uint8 [size_bytes], all 0: of a megabyte and more in pages of 2 MB, where
+    Linux has them to give."""
+    if size_bytes < LARGE // 2 or sys.platform != "linux":
+        return np.zeros(size_bytes, np.uint8)
+    whole = -(-size_bytes // LARGE) * LARGE
+    region = mmap.mmap(-1, whole + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        region.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(region, np.uint8)
+    first = -memory.ctypes.data % LARGE
+    return memory[first : first + size_bytes]
+
+
 def give_back(region: Region, slots: npt.NDArray[np.int32], stride_bytes: int) -> bool:
     """Frees the pages of `slots`, in which nothing may be read or written from now on.
 

@@ -88,7 +88,7 @@ def total(builder: Any, lanes: Any) -> Any:
     return builder.extract_element(lanes, ir.Constant(I32, 0))
 
 
-def _ask_for(builder: Any, pointer: Any, cache: int) -> None:
+def ask_for(builder: Any, pointer: Any, cache: int) -> None:
     """Has the cache line at a pointer brought as far as a cache, and goes on."""
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", (pointer.type,), kind)
@@ -124,7 +124,7 @@ class Rows:
     def ask(self, at: Any, cache: int) -> None:
         """For the line with item `at` of each row that comes next, as far as a cache."""
         for row in self._next:
-            _ask_for(self._builder, self._builder.gep(row, [at]), cache)
+            ask_for(self._builder, self._builder.gep(row, [at]), cache)
 
     @contextmanager
     def steps(self, end: Any, step: int, first: Any = None) -> Iterator[Any]:

@@ -1,10 +1,12 @@
 """A block of tokens, as products take it, and the way in which this machine multiplies fastest.
 
-Two ways to multiply rows with a block, both torch's: in float32; or in integers, rows and tokens in
-halves of 8 bits (common/halves.py). That takes three products of halves for rows of floats and
-int4, and two for int8 ones, whose numbers have one half. Some processors make eight times as many
-products of 8 bits in a second as of float32, others fewer, or wrong ones: so it is measured, when a
-server begins.
+Two ways to multiply rows with a block: in float32, by torch; or in integers, rows and tokens in
+halves of 8 bits (common/halves.py). Some processors make eight times as many products of 8 bits in
+a second as of float32, others fewer, or wrong ones: so it is measured, when a server begins.
+
+Integers are multiplied by the processor's matrix unit, where it has one that we know and rows are
+whole steps of it (common/amx.py, tiles.py); else by torch, which takes three products of halves for
+rows of floats and int4, and two for int8 ones, whose numbers have one half.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from common import amx, tiles
 from common.halves import PRODUCTS, gather_rows, halve_rows, halve_tokens, join
 from common.kernels import BITS, one_after_another, row_starts
 from common.packed import Bits, Floats, Starts, scales_of
+from common.segment import large_pages
 from common.store.geometry import row_bytes
 from services.compute.turns import median_us
 
@@ -28,7 +32,8 @@ Share = Callable[[int, int, Callable[[int, int], None]], None]
 Room = Callable[[str, tuple[int, int], torch.dtype], torch.Tensor]
 """A thread's own memory by name, shape and dtype, whatever is in it, until it asks again."""
 
-LAID_OUT = 512  # numbers of a token, or as many tokens, that a thread lays out at a time
+LAID_OUT = 512  # numbers of a token that a thread lays out at a time
+HALVED_ROWS = 64  # or tokens in halves: as float32 they stay in a core's cache
 PROBE_ROWS, PROBE_TOKENS, PROBE_WIDTH, PROBE_TURNS = 256, 256, 2048, 5
 
 
@@ -45,12 +50,36 @@ class Halves(NamedTuple):
     scales: Floats
 
 
+class Tiled(NamedTuple):
+    """Tokens as a right side of tiles.py, and their scales, with room for whole tiles."""
+
+    right: Bits
+    scales: Floats
+
+
+class TiledRoom:
+    """Memory for one block laid out as tiles: to allocate it anew for each takes as long as to fill
+    it. It has the block that came last; who finds another's there lays out again."""
+
+    def __init__(self) -> None:
+        self.owner: object = None
+        self._memory = np.empty(0, np.int8)
+
+    def take(self, owner: object, size: int) -> Bits:
+        self.owner = owner
+        if len(self._memory) < size:
+            self._memory = large_pages(size).view(np.int8)
+        return self._memory[:size]
+
+
 class Tokens:
-    """The tokens of a block, `rows` float32 [tokens, width], laid out in each way when it is first
+    """The tokens of a block, `rows` float [tokens, width], laid out in each way when it is first
     asked for; not by a thread that has a share in a product."""
 
-    def __init__(self, rows: torch.Tensor, share: Share):
-        self._rows, self._share = rows, share
+    def __init__(self, rows: torch.Tensor, share: Share, room: TiledRoom):
+        self._rows, self._share, self._room = rows, share, room
+        self._key = object()  # not self: the room would keep the rows
+        self._tiled = Tiled(np.empty(0, np.int8), np.empty(0, np.float32))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -71,18 +100,61 @@ class Tokens:
         """In integers."""
         tokens, width = self._rows.shape
         numbers = torch.empty(2 * tokens, width, dtype=torch.int8)
-        made, rows = Halves(numbers, np.empty(tokens, np.float32)), self._rows.contiguous().numpy()
+        made = Halves(numbers, np.empty(tokens, np.float32))
 
         def lay_out(first: int, end: int) -> None:
-            halve_tokens(rows, first, end, numbers.numpy(), made.scales)
+            rows = self._rows[first:end].float().contiguous().numpy()
+            halve_tokens(rows, first, numbers.numpy(), made.scales)
 
-        self._share(tokens, LAID_OUT, lay_out)
+        self._share(tokens, HALVED_ROWS, lay_out)
         return made
+
+    @property
+    def tiled(self) -> Tiled:
+        """In integers, as tiles."""
+        if self._room.owner is self._key:
+            return self._tiled
+        tokens, width = self._rows.shape
+        right = self._room.take(self._key, tiles.side_size(tokens, amx.ROWS, width))
+        pairs = -(-tokens // amx.ROWS)
+        self._tiled = Tiled(right, np.zeros(pairs * amx.ROWS, np.float32))
+
+        def lay_out(first: int, end: int) -> None:
+            begin = first * amx.ROWS
+            rows = self._rows[begin : end * amx.ROWS].float().contiguous().numpy()
+            tiles.lay_tokens(rows, begin, right, self._tiled.scales)
+
+        self._share(pairs, HALVED_ROWS // amx.ROWS, lay_out)
+        return self._tiled
+
+    def in_integers(self, room: Room) -> Callable[[Bits, Starts], torch.Tensor]:
+        """What multiplies rows with them in integers: float32 [rows, tokens] in a thread's own
+        memory, by `room`."""
+        width = self._rows.shape[1]
+        if amx.usable() and tiles.fits(width):
+            tiled, count = self.tiled, len(self)
+            return lambda items, starts: multiply_tiled(items, starts, width, tiled, count, room)
+        halves = self.halves
+        return lambda items, starts: multiply_halves(items, starts, halves, room)
+
+
+def multiply_tiled(
+    items: Bits, starts: Starts, width: int, tiled: Tiled, tokens: int, room: Room
+) -> torch.Tensor:
+    """The product of each row with each token: float32 [rows, tokens], in the thread's own
+    memory."""
+    whole, count = items.dtype == np.int8, len(starts)
+    each = amx.ROWS * (2 if whole else 1)
+    size = tiles.side_size(min(count, tiles.PAIRS * each), each, width)
+    made = room("made", (count, len(tiled.scales)), torch.float32)
+    left = room("left", (1, size), torch.int8).view(-1).numpy()
+    multiply = tiles.multiply_rows if whole else tiles.multiply_halves
+    multiply(items, starts, width, *tiled, left, made.numpy())
+    return made[:, :tokens]
 
 
 def multiply_halves(items: Bits, starts: Starts, halves: Halves, room: Room) -> torch.Tensor:
-    """The product of each row with each token: float32 [rows, tokens], in the thread's own
-    memory."""
+    """The same by torch's products."""
     numbers, scales = halves
     count, tokens, width = len(starts), len(scales), numbers.shape[1]
     whole = items.dtype == np.int8
@@ -130,8 +202,8 @@ class BlockProbe:
 def probe_blocks() -> BlockProbe:
     """Times the ways by turns, medians, and tries integers at their largest: some processors add
     two products up in 16 bits and lose what is above. The kernels are compiled then, too."""
-    shape, tokens = (PROBE_ROWS, PROBE_WIDTH), Tokens(torch.ones(PROBE_TOKENS, PROBE_WIDTH), alone)
-    wide = torch.ones(shape)
+    tokens = Tokens(torch.ones(PROBE_TOKENS, PROBE_WIDTH), alone, TiledRoom())
+    wide = torch.ones(PROBE_ROWS, PROBE_WIDTH)
 
     @cache
     def room(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -142,7 +214,7 @@ def probe_blocks() -> BlockProbe:
         width = row_bytes(name, PROBE_WIDTH) // row.itemsize
         # The last first: gathered, as most bundles are.
         items, starts = np.ones(PROBE_ROWS * width, row), row_starts(PROBE_ROWS, width)[::-1].copy()
-        return lambda: multiply_halves(items, starts, tokens.halves, room)
+        return lambda: tokens.in_integers(room)(items, starts)
 
     ways: Mapping[str, Callable[[], object]] = {
         "float32_us": lambda: torch.mm(wide, tokens.columns),

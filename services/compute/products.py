@@ -21,13 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from common import amx, tiles
 from common.fired import TILE_ROWS, add_fired, list_fired
 from common.jobs import Job, add_job, add_many_job, dot_job, listed, perform
 from common.kernels import BITS
 from common.limits import RUNNING_MAX
-from common.packed import Floats, Vectors, pack_rows, vectors_for, widen_rows
+from common.packed import Floats, Vectors, pack_rows, scales_of, vectors_for, widen_rows
+from common.segment import large_pages
 from common.store.geometry import GROUP
-from services.compute.blocks import Halves, Tokens, multiply_halves
+from services.compute.blocks import TiledRoom, Tokens
 from services.compute.team import Team
 
 Bits = npt.NDArray[Any]
@@ -57,21 +59,28 @@ class Sums:
     """What is added up for each token of a block, float32 [tokens, width], zeros at first.
 
     In pieces of the width, each by itself in memory: one stays in a core's cache while rows are
-    added to it, which it does not as a column of a matrix whose rows are a power of two apart.
+    added to it, which it does not as a column of a matrix whose rows are a power of two apart. It
+    is all one where they are added tile by tile (common/tiles.py).
     """
 
-    def __init__(self, tokens: int, width: int, most: int):
-        """Pieces of one size, `step`, at most `most` numbers, if it can be whole groups."""
+    def __init__(self, tokens: int, width: int, most: int, tiled: bool):
+        """Pieces of one size, `step`, at most `most` numbers, if it can be whole groups; where rows
+        may be `tiled`, if it is whole pairs of tiles, threads share one by steps."""
         unit = GROUP if width % GROUP == 0 else 1
         units = width // unit
         counts = (n for n in range(1, units + 1) if units % n == 0 and width // n <= most)
         count = next(counts, units)
         self.width, self.step = width, width // count
-        self.pieces = [torch.zeros(tokens, self.step) for _ in range(count)]
+        self.tiled = tiled and self.step % (2 * amx.ROWS) == 0
+        self.pieces = (
+            [torch.zeros(tokens, width)]
+            if self.tiled
+            else [torch.zeros(tokens, self.step) for _ in range(count)]
+        )
 
     def total(self) -> torch.Tensor:
         """float32 [tokens, width]."""
-        return torch.cat(self.pieces, dim=1)
+        return self.pieces[0] if self.tiled else torch.cat(self.pieces, dim=1)
 
 
 class Products:
@@ -82,6 +91,7 @@ class Products:
         self._halved = frozenset(halved)
         self._helpers = threads - 1
         self._local = threading.local()
+        self._tiled_room, self._rows_room = TiledRoom(), TiledRoom()
         self._team = Team(threads - 1, "products") if threads > 1 else None
 
     def dot(self, items: Bits, starts: Starts, x: torch.Tensor) -> torch.Tensor:
@@ -137,41 +147,42 @@ class Products:
 
     def tokens(self, rows: torch.Tensor) -> Tokens:
         """A block's tokens, float [tokens, width], as `dot_block` takes them."""
-        return Tokens(rows.float(), self.share)
+        return Tokens(rows, self.share, self._tiled_room)
 
     def dot_block(self, items: Bits, starts: Starts, tokens: Tokens, take: Take) -> None:
         """The product of each row with each token. Threads share the rows; each gives those that it
         has made to `take`, and what that does is shared, too."""
         if items.dtype in self._halved:
-            make = self._by_halves(items, tokens.halves)
+            make = tokens.in_integers(self._room)
         else:
-            make = self._by_floats(items, tokens.columns)
+            make = self._in_floats(tokens.columns)
 
         def multiply(first: int, end: int) -> None:
-            take(first, end, make(starts[first:end]))
+            take(first, end, make(items, starts[first:end]))
 
         self.share(len(starts), CHUNK_ROWS, multiply)
 
-    def _by_floats(self, items: Bits, columns: torch.Tensor) -> Callable[[Starts], torch.Tensor]:
+    def _in_floats(self, columns: torch.Tensor) -> Callable[[Bits, Starts], torch.Tensor]:
         width, count = columns.shape
 
-        def make(starts: Starts) -> torch.Tensor:
+        def make(items: Bits, starts: Starts) -> torch.Tensor:
             rows = self._widened(items, starts, width, 0, width)
             return torch.mm(rows, columns, out=self._room("made", (len(starts), count)))
 
         return make
 
-    def _by_halves(self, items: Bits, halves: Halves) -> Callable[[Starts], torch.Tensor]:
-        return lambda starts: multiply_halves(items, starts, halves, self._room)
-
-    def sums(self, tokens: int, width: int) -> Sums:
-        """For `add_block`: a piece for each thread at least."""
-        return Sums(tokens, width, min(CHUNK_WIDTH, -(-width // (self._helpers + 1))))
+    def sums(self, items: Bits, tokens: int, width: int) -> Sums:
+        """For `add_block` of rows of `items`: a piece, or a step, for each thread at least."""
+        tiled = items.dtype == np.int8 and items.dtype in self._halved and amx.usable()
+        return Sums(tokens, width, min(CHUNK_WIDTH, -(-width // (self._helpers + 1))), tiled)
 
     def add_block(self, items: Bits, starts: Starts, weights: torch.Tensor, sums: Sums) -> None:
         """Adds for each token the rows, each times its weight: `weights` float32 [rows, tokens].
         Threads share the width, so that none adds where another does."""
         given = weights.contiguous().numpy()
+        if sums.tiled:
+            self._add_tiled(items, starts, given, sums)
+            return
         fired = list_fired(items, starts, given, sums.step, int(given.size * FIRED_MAX))
 
         def add(first: int, end: int) -> None:
@@ -185,6 +196,37 @@ class Products:
                     add_fired(items, fired, sums.width, begin, room, piece.numpy())
 
         self.share(len(sums.pieces), 1, add)
+
+    def _add_tiled(self, items: Bits, starts: Starts, weights: Floats, sums: Sums) -> None:
+        """The same of int8 rows, all of them: the matrix unit is through with the zeros before the
+        others are listed."""
+        count, tokens = weights.shape
+        left = np.empty(tiles.side_size(tokens, amx.ROWS, count), np.int8)
+        scales, row_scales = np.empty(tokens, np.float32), scales_of(items, starts)
+
+        right = self._rows_room.take(None, tiles.side_size(sums.width, 2 * amx.ROWS, count))
+
+        pairs, steps = -(-tokens // amx.ROWS), -(-count // amx.STEP)
+        each = -(-pairs // (self._helpers + 1))
+        shares = -(-pairs // each)
+
+        def lay_out(first: int, end: int) -> None:
+            for item in range(first, end):
+                if item < shares:
+                    begin, last = item * each, min((item + 1) * each, pairs)
+                    tiles.lay_weights(weights, row_scales, begin, last, left, scales)
+                else:
+                    step = item - shares
+                    tiles.lay_columns(items, starts, sums.width, step, step + 1, right)
+
+        whole = sums.pieces[0].numpy()
+
+        def add(first: int, end: int) -> None:
+            first, end = first * sums.step, end * sums.step
+            tiles.add(left, right, count, first, end, scales, whole)
+
+        self.share(shares + steps, 1, lay_out)
+        self.share(sums.width // sums.step, 1, add)
 
     def share(self, count: int, step: int, work: Callable[[int, int], None]) -> None:
         """Does torch's `work` for all of `count` items, at most `step` at a time, by all
@@ -211,7 +253,8 @@ class Products:
         """Memory of the thread's own, [rows, width], whatever is in it; until it asks again."""
         room: torch.Tensor | None = getattr(self._local, name, None)
         if room is None or len(room) < math.prod(shape):
-            room = torch.empty(math.prod(shape), dtype=dtype)
+            pages = large_pages(math.prod(shape) * dtype.itemsize)
+            room = torch.from_numpy(pages.view(torch.empty(0, dtype=dtype).numpy().dtype))
             setattr(self._local, name, room)
         return room[: math.prod(shape)].view(shape)
 

@@ -18,19 +18,20 @@ from services.compute.products import CHUNK_ROWS, FEW_HALVED, Bits, Products, St
 
 FORMATS = ("float16", "int8", "int4")
 HALVED = [np.dtype(BITS[name]) for name in FORMATS]
-WIDTH = 32 * 33
+WIDTH = 64 * 17  # whole steps of tiles
+ODD = 32 * 33  # none: multiplied by torch, where others go by tiles
 
 
-def matrix(number_format: str, rows: int) -> tuple[Bits, Starts, torch.Tensor]:
+def matrix(number_format: str, rows: int, width: int = WIDTH) -> tuple[Bits, Starts, torch.Tensor]:
     """Random rows as they lie in memory, the last first, and what they stand for, float64."""
-    values = torch.randn(rows, WIDTH).numpy()
+    values = torch.randn(rows, width).numpy()
     if number_format == "float16":
         halved = values.astype(np.float16)
         items, wide = halved.view(np.uint16).reshape(-1), halved.astype(np.float32)
     else:
         raw = packed(values, number_format)
         items = raw.reshape(-1).view(BITS[number_format])
-        wide = unpacked(raw, number_format, WIDTH)
+        wide = unpacked(raw, number_format, width)
     starts = row_starts(rows, len(items) // rows)[::-1].copy()
     return items, starts, torch.from_numpy(wide).double().flip(0)
 
@@ -45,11 +46,12 @@ def multiply(products: Products, items: Bits, starts: Starts, x: torch.Tensor) -
     return found
 
 
+@pytest.mark.parametrize("width", [WIDTH, ODD])
 @pytest.mark.parametrize("number_format", FORMATS)
-def test_rows_come_to_the_same_wherever_they_lie(number_format: str) -> None:
-    """Of int8 rows those that lie one after another are multiplied where they are."""
-    items, starts, _ = matrix(number_format, 9)
-    products, x = Products(1, HALVED), torch.randn(19, WIDTH)
+def test_rows_come_to_the_same_wherever_they_lie(number_format: str, width: int) -> None:
+    """torch takes int8 rows that lie one after another where they are."""
+    items, starts, _ = matrix(number_format, 9, width)
+    products, x = Products(1, HALVED), torch.randn(19, width)
     backwards = multiply(products, items, starts, x)
     for order in (range(8, -1, -1), [0, 2, 1, 3], [3, 1, 2, 0], [6, 5], [4]):
         found = multiply(products, items, starts[list(order)], x)
@@ -59,27 +61,33 @@ def test_rows_come_to_the_same_wherever_they_lie(number_format: str) -> None:
 @pytest.mark.parametrize("number_format", FORMATS)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("tokens", [1, 19, 130])
-def test_no_more_is_lost_than_is_rounded(number_format: str, threads: int, tokens: int) -> None:
+@pytest.mark.parametrize("width", [WIDTH, ODD])
+def test_no_more_is_lost_than_is_rounded(
+    number_format: str, threads: int, tokens: int, width: int
+) -> None:
     torch.manual_seed(tokens)
-    items, starts, wide = matrix(number_format, 2 * CHUNK_ROWS + 5)
-    x = torch.randn(tokens, WIDTH) * torch.logspace(-3, 3, tokens)[:, None]
+    items, starts, wide = matrix(number_format, 2 * CHUNK_ROWS + 5, width)
+    x = torch.randn(tokens, width) * torch.logspace(-3, 3, tokens)[:, None]
     found = multiply(Products(threads, HALVED), items, starts, x)
     expected = wide @ x.double().T
     of_x = x.abs().amax(dim=1) / LARGEST / 2  # a number's error, of each token
     of_rows = wide.abs().amax(dim=1) / LARGEST / 2
     # Each number's error times the other's size; and what has no product: low with low.
     bound = wide.abs().sum(dim=1)[:, None] * of_x + of_rows[:, None] * x.abs().sum(dim=1).double()
-    bound += WIDTH * 2**14 * (2 * of_x) * (2 * of_rows)[:, None] + expected.abs() * 1e-6
+    bound += width * 2**14 * (2 * of_x) * (2 * of_rows)[:, None] + expected.abs() * 1e-6
     assert ((found - expected).abs() <= bound).all()
     loss = (found - expected).norm(dim=0) / expected.norm(dim=0)
     assert loss.max() < 2e-4
 
 
+@pytest.mark.parametrize("width", [WIDTH, ODD])
 @pytest.mark.parametrize("number_format", FORMATS)
-def test_a_token_comes_to_the_same_bits_whatever_is_beside_it(number_format: str) -> None:
+def test_a_token_comes_to_the_same_bits_whatever_is_beside_it(
+    number_format: str, width: int
+) -> None:
     torch.manual_seed(3)
-    items, starts, _ = matrix(number_format, 70)
-    x = torch.randn(50, WIDTH)
+    items, starts, _ = matrix(number_format, 70, width)
+    x = torch.randn(50, width)
     together = multiply(Products(2, HALVED), items, starts, x)
     for first, end in itertools.pairwise((0, 1, 18, 50)):
         alone = multiply(Products(1, HALVED), items, starts[:33], x[first:end])
@@ -88,9 +96,10 @@ def test_a_token_comes_to_the_same_bits_whatever_is_beside_it(number_format: str
 
 @pytest.mark.parametrize("number_format", FORMATS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_comes_through(number_format: str, bad: float) -> None:
-    items, starts, wide = matrix(number_format, 5)
-    x = torch.ones(3, WIDTH)
+@pytest.mark.parametrize("width", [WIDTH, ODD])
+def test_what_is_no_number_comes_through(number_format: str, bad: float, width: int) -> None:
+    items, starts, wide = matrix(number_format, 5, width)
+    x = torch.ones(3, width)
     x[1, 17] = bad
     found = multiply(Products(1, HALVED), items, starts, x)
     assert not found[:, 1].isfinite().any()
