@@ -18,14 +18,15 @@ def name(sums: Any, scales: Any, bias: Any) -> Any:
     """Ascending ids int32 of the neurons for which `sums` × `scales` + `bias` is above 0 in any
     row: `sums` float32 [rows, neurons], the others [neurons]."""
     rows, neurons = sums.shape
-    ids = np.empty(neurons, np.int32)
+    ids, is_named = np.empty(neurons, np.int32), np.zeros(neurons, np.bool_)
+    for r in range(rows):
+        row = sums[r]
+        for n in range(neurons):
+            is_named[n] |= row[n] * scales[n] + bias[n] > 0
     named = 0
     for n in range(neurons):
-        is_named = False
-        for r in range(rows):
-            is_named |= sums[r, n] * scales[n] + bias[n] > 0
         ids[named] = n
-        named += is_named
+        named += is_named[n]
     return ids[:named]
 
 

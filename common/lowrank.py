@@ -91,33 +91,28 @@ class Int8Rows:
 
 @dataclass(frozen=True)
 class Int8Tall:
-    """The same of a matrix of many short rows, which lies by columns, `values` [width, rows]: row
-    by row its products took twice as long (docs/measurements.md)."""
+    """The same of a matrix of many short rows, which lies by columns, `values` int8 [blocks, width,
+    rows of a block]: row by row its products took twice as long (docs/measurements.md)."""
 
     values: npt.NDArray[np.int8]
     scales: Floats
 
     @classmethod
     def of(cls, matrix: npt.NDArray[Any]) -> Int8Tall:
+        from common.tall import blocks_of
+
         values, scales = _as_int8(matrix)
-        return cls(np.ascontiguousarray(values.T), scales)
+        return cls(blocks_of(values), scales)
 
     def dot(self, x: Floats) -> Floats:
         """`x` [n, width] times every row: [n, rows]."""
-        if len(x) > PREDICT_TOGETHER_MAX:
-            return (x @ self.values.astype(np.float32)) * self.scales
         return self.sums(x) * self.scales
 
     def sums(self, x: Floats) -> Floats:
-        """The same of a few, without the scales."""
-        from common.float_rows import add_at
-        from common.kernels import row_starts
+        """The same without the scales."""
+        from common.tall import sums_of
 
-        starts = row_starts(*self.values.shape)
-        out = np.zeros((len(x), self.values.shape[1]), np.float32)
-        for one, products in zip(x, out, strict=True):
-            add_at(self.values.reshape(-1), starts, one, products)
-        return out
+        return sums_of(self.values, len(self.scales), x)
 
 
 def _as_int8(matrix: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], Floats]:

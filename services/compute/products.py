@@ -45,7 +45,7 @@ SHARED_BYTES_MIN = 6 << 20  # 0.4 ms of one thread's work: to meet another takes
 FEW = {np.dtype(BITS["int8"]): 64, np.dtype(BITS["int4"]): 24}
 FEW_FLOATS = 16
 # Where blocks are multiplied in integers, which begins to be faster at fewer, or at more.
-FEW_HALVED = {np.dtype(BITS["float16"]): 36, np.dtype(BITS["int8"]): 24, np.dtype(BITS["int4"]): 64}
+FEW_HALVED = {np.dtype(BITS["float16"]): 32, np.dtype(BITS["int8"]): 16, np.dtype(BITS["int4"]): 64}
 assert RUNNING_MAX <= FEW_FLOATS, "a token of each request is few"
 # Of a block of tokens' products: rows, or columns of them, that are float32 at a time in a thread.
 CHUNK_ROWS = 256

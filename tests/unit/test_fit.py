@@ -211,8 +211,9 @@ def test_the_service_names_what_the_factors_name(store: Store, text: Path) -> No
         if layer >= 0:
             named = predictor.name(layer, now[layer][None])
             scores = factors["same"][layer]
-            a, tall = scores.a.values * scores.a.scales[:, None], scores.b.values * scores.b.scales
-            score = (now[layer] @ a.T) @ tall + scores.bias
+            a, blocks = scores.a.values * scores.a.scales[:, None], scores.b.values
+            tall = blocks.swapaxes(1, 2).reshape(-1, len(a))[: len(scores.bias)]
+            score = (now[layer] @ a.T) @ tall.T * scores.b.scales + scores.bias
             clear = abs(score) > 1e-5 * abs(score).max()
             assert set(named) & set(np.flatnonzero(clear)) == set(
                 np.flatnonzero(clear & (score > 0))
