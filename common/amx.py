@@ -119,24 +119,23 @@ def _four(_: Any, left: Any, left_at: Any, right: Any, right_at: Any, steps: Any
     return types.void(left, types.int64, right, types.int64, types.int64, sums), make
 
 
-def _joined(tiles: Sequence[int], add: bool) -> Any:
+def _joined(tiles: Sequence[int]) -> Any:
     """What the sums in `tiles` come to, the first of the most weight: of two, or of four, of which
     the second and the third weigh the same."""
 
     def make_for(
         _: Any, sums: Any, place: Any, scale: Any, scales: Any, t: Any, out: Any, at: Any
     ) -> Any:
-        """For the 16 columns of the row whose sums are from `place` on of each tile: out[at:] is,
-        or is added, the value × scale × scales[t:]."""
+        """For the 16 columns of the row whose sums are from `place` on of each tile: out[at:] is
+        the value × scale × scales[t:]."""
 
         def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            def lanes(place: int, index: Any, element: Any) -> Any:
-                where = item_at(context, builder, signature.args[place], given[place], index)
-                return where, load(builder, where, element, ROWS)
+            def where(place: int, index: Any) -> Any:
+                return item_at(context, builder, signature.args[place], given[place], index)
 
             def sums_of(tile: int) -> Any:
                 index = builder.add(given[1], number(tile * ROWS * ROWS))
-                return builder.sitofp(lanes(0, index, I32)[1], of(FLOAT, ROWS))
+                return builder.sitofp(load(builder, where(0, index), I32, ROWS), of(FLOAT, ROWS))
 
             def above(high: Any, low: Any) -> Any:
                 return builder.fadd(builder.fmul(high, every(FLOAT, ROWS, 256.0)), low)
@@ -145,10 +144,9 @@ def _joined(tiles: Sequence[int], add: bool) -> Any:
             if middle:
                 first = above(first, builder.fadd(*middle))
             value = above(first, last)
-            factors = builder.fmul(spread(builder, given[2], ROWS), lanes(3, given[4], FLOAT)[1])
-            value = builder.fmul(value, factors)
-            where, before = lanes(5, given[6], FLOAT)
-            store(builder, where, builder.fadd(before, value) if add else value)
+            of_columns = load(builder, where(3, given[4]), FLOAT, ROWS)
+            factors = builder.fmul(spread(builder, given[2], ROWS), of_columns)
+            store(builder, where(5, given[6]), builder.fmul(value, factors))
             return context.get_dummy_value()
 
         kinds = sums, types.int64, types.float32, scales, types.int64, out, types.int64
@@ -165,25 +163,6 @@ def _asked(_: Any, items: Any, at: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(items, types.int64), make
-
-
-def _interleaved(
-    _: Any, items: Any, one: Any, two: Any, three: Any, four: Any, right: Any, to: Any
-) -> Any:
-    """A line of a right side's tile: what 16 columns have of four rows, from these places of
-    `items` on, goes to right[to:], the four of a column beside each other."""
-
-    def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        words = None
-        for turn, place in enumerate(given[1:5]):
-            row = load(builder, item_at(context, builder, items, given[0], place), I8, ROWS)
-            lanes = builder.shl(builder.zext(row, of(I32, ROWS)), every(I32, ROWS, 8 * turn))
-            words = lanes if words is None else builder.or_(words, lanes)
-        store(builder, item_at(context, builder, right, given[5], given[6]), words)
-        return context.get_dummy_value()
-
-    kinds = types.int64, types.int64, types.int64, types.int64, right, types.int64
-    return types.void(items, *kinds), make
 
 
 def _copied(_: Any, items: Any, at: Any, left: Any, to: Any) -> Any:
@@ -203,9 +182,7 @@ def _copied(_: Any, items: Any, at: Any, left: Any, to: Any) -> Any:
 begin_tiles: Any = intrinsic(_begin)
 end_tiles: Any = intrinsic(_end)
 multiply_four: Any = intrinsic(_four)
-join: Any = intrinsic(_joined((0, 1), add=False))
-join_halved: Any = intrinsic(_joined((0, 1, 2, 3), add=False))
-add_joined: Any = intrinsic(_joined((0, 2), add=True))
+join: Any = intrinsic(_joined((0, 1)))
+join_halved: Any = intrinsic(_joined((0, 1, 2, 3)))
 copy: Any = intrinsic(_copied)
 ask: Any = intrinsic(_asked)
-interleave: Any = intrinsic(_interleaved)

@@ -21,7 +21,6 @@ from collections.abc import Sequence as Many
 import numpy as np
 import torch
 
-from common import amx, tiles
 from common.fired import compile_fired
 from common.firing import compile_firing
 from common.jobs import compile_jobs
@@ -73,8 +72,6 @@ class ComputeLoop:
         compile_for(geometry.compute_dtype)
         compile_firing()
         compile_fired(np.zeros(2 * GROUP, BITS[geometry.number_format]))
-        if amx.usable():
-            tiles.compile_sums()
         packed = ("int8", "int4") if resident != "float" else ()  # int4: some matrices are int8
         for number_format in {geometry.number_format, geometry.compute_dtype, *packed}:
             compile_jobs(BITS[number_format])

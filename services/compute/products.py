@@ -21,12 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common import amx, tiles
 from common.fired import TILE_ROWS, add_fired, list_fired
 from common.jobs import Job, add_job, add_many_job, dot_job, listed, perform
 from common.kernels import BITS
 from common.limits import RUNNING_MAX
-from common.packed import Floats, Vectors, pack_rows, scales_of, vectors_for, widen_rows
+from common.packed import Floats, Vectors, pack_rows, vectors_for, widen_rows
 from common.segment import large_pages
 from common.store.geometry import GROUP
 from services.compute.blocks import TiledRoom, Tokens
@@ -59,28 +58,21 @@ class Sums:
     """What is added up for each token of a block, float32 [tokens, width], zeros at first.
 
     In pieces of the width, each by itself in memory: one stays in a core's cache while rows are
-    added to it, which it does not as a column of a matrix whose rows are a power of two apart. It
-    is all one where they are added tile by tile (common/tiles.py).
+    added to it, which it does not as a column of a matrix whose rows are a power of two apart.
     """
 
-    def __init__(self, tokens: int, width: int, most: int, tiled: bool):
-        """Pieces of one size, `step`, at most `most` numbers, if it can be whole groups; where rows
-        may be `tiled`, if it is whole pairs of tiles, threads share one by steps."""
+    def __init__(self, tokens: int, width: int, most: int):
+        """Pieces of one size, `step`, at most `most` numbers, if it can be whole groups."""
         unit = GROUP if width % GROUP == 0 else 1
         units = width // unit
         counts = (n for n in range(1, units + 1) if units % n == 0 and width // n <= most)
         count = next(counts, units)
         self.width, self.step = width, width // count
-        self.tiled = tiled and self.step % (2 * amx.ROWS) == 0
-        self.pieces = (
-            [torch.zeros(tokens, width)]
-            if self.tiled
-            else [torch.zeros(tokens, self.step) for _ in range(count)]
-        )
+        self.pieces = [torch.zeros(tokens, self.step) for _ in range(count)]
 
     def total(self) -> torch.Tensor:
         """float32 [tokens, width]."""
-        return self.pieces[0] if self.tiled else torch.cat(self.pieces, dim=1)
+        return torch.cat(self.pieces, dim=1)
 
 
 class Products:
@@ -91,7 +83,7 @@ class Products:
         self._halved = frozenset(halved)
         self._helpers = threads - 1
         self._local = threading.local()
-        self._tiled_room, self._rows_room = TiledRoom(), TiledRoom()
+        self._tiled_room = TiledRoom()
         self._team = Team(threads - 1, "products") if threads > 1 else None
 
     def dot(self, items: Bits, starts: Starts, x: torch.Tensor) -> torch.Tensor:
@@ -171,18 +163,14 @@ class Products:
 
         return make
 
-    def sums(self, items: Bits, tokens: int, width: int) -> Sums:
-        """For `add_block` of rows of `items`: a piece, or a step, for each thread at least."""
-        tiled = items.dtype == np.int8 and items.dtype in self._halved and amx.usable()
-        return Sums(tokens, width, min(CHUNK_WIDTH, -(-width // (self._helpers + 1))), tiled)
+    def sums(self, tokens: int, width: int) -> Sums:
+        """For `add_block`: a piece for each thread at least."""
+        return Sums(tokens, width, min(CHUNK_WIDTH, -(-width // (self._helpers + 1))))
 
     def add_block(self, items: Bits, starts: Starts, weights: torch.Tensor, sums: Sums) -> None:
         """Adds for each token the rows, each times its weight: `weights` float32 [rows, tokens].
         Threads share the width, so that none adds where another does."""
         given = weights.contiguous().numpy()
-        if sums.tiled:
-            self._add_tiled(items, starts, given, sums)
-            return
         fired = list_fired(items, starts, given, sums.step, int(given.size * FIRED_MAX))
 
         def add(first: int, end: int) -> None:
@@ -196,37 +184,6 @@ class Products:
                     add_fired(items, fired, sums.width, begin, room, piece.numpy())
 
         self.share(len(sums.pieces), 1, add)
-
-    def _add_tiled(self, items: Bits, starts: Starts, weights: Floats, sums: Sums) -> None:
-        """The same of int8 rows, all of them: the matrix unit is through with the zeros before the
-        others are listed."""
-        count, tokens = weights.shape
-        left = np.empty(tiles.side_size(tokens, amx.ROWS, count), np.int8)
-        scales, row_scales = np.empty(tokens, np.float32), scales_of(items, starts)
-
-        right = self._rows_room.take(None, tiles.side_size(sums.width, 2 * amx.ROWS, count))
-
-        pairs, steps = -(-tokens // amx.ROWS), -(-count // amx.STEP)
-        each = -(-pairs // (self._helpers + 1))
-        shares = -(-pairs // each)
-
-        def lay_out(first: int, end: int) -> None:
-            for item in range(first, end):
-                if item < shares:
-                    begin, last = item * each, min((item + 1) * each, pairs)
-                    tiles.lay_weights(weights, row_scales, begin, last, left, scales)
-                else:
-                    step = item - shares
-                    tiles.lay_columns(items, starts, sums.width, step, step + 1, right)
-
-        whole = sums.pieces[0].numpy()
-
-        def add(first: int, end: int) -> None:
-            first, end = first * sums.step, end * sums.step
-            tiles.add(left, right, count, first, end, scales, whole)
-
-        self.share(shares + steps, 1, lay_out)
-        self.share(sums.width // sums.step, 1, add)
 
     def share(self, count: int, step: int, work: Callable[[int, int], None]) -> None:
         """Does torch's `work` for all of `count` items, at most `step` at a time, by all

@@ -58,7 +58,7 @@ class CacheRows:
 
     def sums(self, tokens: int, width: int) -> Sums:
         """Zeros, for `add_block`."""
-        return self._products.sums(self._items, tokens, width)
+        return self._products.sums(tokens, width)
 
     def _starts(self, part: str, slots: Starts) -> Starts:
         starts: Starts = starts_of(slots, self._slot_items, self._place[part])

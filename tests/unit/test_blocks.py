@@ -107,6 +107,26 @@ def test_what_is_no_number_comes_through(number_format: str, bad: float, width: 
     torch.testing.assert_close(found[:, [0, 2]], expected, rtol=1e-3, atol=1e-2)
 
 
+def test_blocks_that_are_multiplied_by_turns_keep_apart() -> None:
+    """Though they are laid out in the same memory."""
+    items, starts, _ = matrix("int8", 40)
+    products, blocks = Products(2, HALVED), [torch.randn(n, WIDTH) for n in (30, 50)]
+    found: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def take(first: int, end: int, made: torch.Tensor) -> None:
+        out[first:end] = made
+
+    with torch.inference_mode():
+        laid_out = [products.tokens(block) for block in blocks]
+        for which in (0, 1, 0, 1):
+            out = torch.full((40, len(blocks[which])), torch.nan)
+            products.dot_block(items, starts, laid_out[which], take)
+            found[which].append(out)
+    for which, block in enumerate(blocks):
+        for one in found[which]:
+            assert torch.equal(one, multiply(products, items, starts, block))
+
+
 def test_nothing_and_next_to_nothing() -> None:
     items, starts, _ = matrix("float16", 5)
     for size in (0.0, 1e-44, 1e-38):

@@ -163,7 +163,7 @@ def test_threads_share_a_block_of_tokens(dtype: str, threads: int) -> None:
         all_fire = torch.randn(rows, tokens)
         few_fire = all_fire * (torch.rand(rows, tokens) < FIRED_MAX / 2)
         for weights in (all_fire, few_fire):
-            sums = products.sums(bits_of(values), tokens, width)
+            sums = products.sums(tokens, width)
             products.add_block(bits_of(values), starts, weights, sums)
             products.add_block(bits_of(values), starts, weights, sums)
             assert len(sums.pieces) >= threads
