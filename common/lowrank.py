@@ -142,8 +142,6 @@ class Factors:
 
     def name(self, features: Floats) -> Ids:
         """Ascending ids of the neurons named for any of the rows [rows, features]."""
-        if len(features) > PREDICT_TOGETHER_MAX:
-            return np.flatnonzero(self.scores(features).max(axis=0) > 0).astype(np.int32)
         from common.firing import name
 
         named: Ids = name(self.b.sums(self.a.dot(features)), self.b.scales, self.bias)

@@ -145,7 +145,7 @@ def large_pages(size_bytes: int) -> npt.NDArray[np.uint8]:
         return np.zeros(size_bytes, np.uint8)
     whole = -(-size_bytes // LARGE) * LARGE
     region = mmap.mmap(-1, whole + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+    with contextlib.suppress(AttributeError, OSError):  # where there are none
         region.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(region, np.uint8)
     first = -memory.ctypes.data % LARGE
