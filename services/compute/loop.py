@@ -21,6 +21,7 @@ from collections.abc import Sequence as Many
 import numpy as np
 import torch
 
+from common import amx
 from common.fired import compile_fired
 from common.firing import compile_firing
 from common.jobs import compile_jobs
@@ -55,7 +56,9 @@ def serve(service: Service, store: Store) -> None:
     """Runs until asked to stop."""
     threads = service.settings.threads or cores()
     probe = probe_blocks()
-    service.log.info("block products", integers=probe.names, **dataclasses.asdict(probe))
+    service.log.info(
+        "block products", integers=probe.names, tiles=amx.usable(), **dataclasses.asdict(probe)
+    )
     loop = ComputeLoop(service, store, Products(threads, probe.halved))
     with torch.inference_mode():
         loop.run()
