@@ -14,10 +14,10 @@ from numba.extending import intrinsic
 
 from common.kernels import compiled, one_after_another, widened
 from common.vectors import (
-    FIRST,
     FLOAT,
     LANES,
     LINE_BYTES,
+    NEAR,
     ROWS,
     SECOND,
     VECTORS,
@@ -83,7 +83,7 @@ def _sums(rows: int, count: int, cache: int) -> Any:
 
 
 # How many rows, and how near the next ones: as was fastest (docs/measurements.md).
-_one_of_two: Any = intrinsic(_sums(2, 1, FIRST))
+_one_of_two: Any = intrinsic(_sums(2, 1, NEAR))
 _one: Any = intrinsic(_sums(ROWS, 1, SECOND))
 _four: Any = intrinsic(_sums(ROWS, VECTORS, SECOND))
 

@@ -18,7 +18,6 @@ from numba.extending import intrinsic
 from common.kernels import compiled, in_order, one_after_another, real
 from common.store.geometry import GROUP, SCALED
 from common.vectors import (
-    FIRST,
     FLOAT,
     HALF,
     I8,
@@ -26,6 +25,8 @@ from common.vectors import (
     I32,
     LANES,
     LINE_BYTES,
+    NEAR,
+    ROOMY,
     ROWS,
     SECOND,
     VECTORS,
@@ -48,7 +49,9 @@ PAIRS = 2 * LANES  # numbers that one instruction multiplies, adding neighbours
 CHUNK = 4096  # numbers of an int8 row whose products add up within int32: 512 × 128 × 32767 a lane
 WORD = 4  # numbers of an int4 row in 16 bits
 WORDS = GROUP // WORD
-ROWS_BY_FOUR = 2  # rows that are multiplied with VECTORS vectors at a time
+# Rows that are multiplied at a time: with VECTORS vectors; and with one, of int8 rows that lie one
+# after another.
+ROWS_BY_FOUR, ROWS_BEHIND = (2, 1) if ROOMY else (ROWS, 2)
 
 
 def _pairs(builder: Any, numbers: Any, by: Any) -> Any:
@@ -199,11 +202,11 @@ def _add_lanes(builder: Any, to: Any, lanes: Any) -> None:
 
 
 # How many rows, and how near the next ones: as was fastest (docs/measurements.md).
-_one_of_one8: Any = intrinsic(_sums8(1, 1, SECOND))
+_one_behind8: Any = intrinsic(_sums8(ROWS_BEHIND, 1, SECOND))
 _one8: Any = intrinsic(_sums8(ROWS, 1, SECOND))
-_four8: Any = intrinsic(_sums8(ROWS_BY_FOUR, VECTORS, FIRST))
-_one4: Any = intrinsic(_sums4(ROWS, 1, FIRST))
-_four4: Any = intrinsic(_sums4(ROWS_BY_FOUR, VECTORS, FIRST))
+_four8: Any = intrinsic(_sums8(ROWS_BY_FOUR, VECTORS, NEAR))
+_one4: Any = intrinsic(_sums4(ROWS, 1, NEAR))
+_four4: Any = intrinsic(_sums4(ROWS_BY_FOUR, VECTORS, NEAR))
 
 
 @compiled
@@ -282,10 +285,11 @@ def dot8_at(
     vectors, width = numbers.shape
     made = np.empty(ROWS * VECTORS, np.float32)
     if vectors == 1 and one_after_another(starts, first, end, width):
-        for i in range(first, end):
+        for i in range(first, end, ROWS_BEHIND):
             made[:] = 0
-            _one_of_one8(items, starts, i, numbers, 0, made)
-            out[0, i] = made[0] * (scales[0] * scale_at(items, starts[i]))
+            _one_behind8(items, starts, i, numbers, 0, made)
+            for r in range(i, min(i + ROWS_BEHIND, end)):
+                out[0, r] = made[r - i] * (scales[0] * scale_at(items, starts[r]))
         return
     fours = vectors - vectors % VECTORS
     for i in range(first, end, ROWS):

@@ -27,6 +27,8 @@ from numba import njit, types
 from numba.core import config
 from numba.extending import intrinsic
 
+from common.system import first_cache_bytes
+
 BITS: dict[str, npt.DTypeLike] = {
     "float16": np.uint16,
     "bfloat16": np.int16,
@@ -48,6 +50,7 @@ def _keep_apart() -> None:
     own file changes, and not when another does whose functions are in it."""
     here = Path(__file__).parent
     digest = hashlib.sha256(b"".join((here / f"{name}.py").read_bytes() for name in _CACHED))
+    digest.update(f"{first_cache_bytes()}".encode())  # by which vectors.py chooses
     numba: Any = config
     base = Path(numba.CACHE_DIR or here / "__pycache__")
     numba.CACHE_DIR = str(base / f"kernels-{digest.hexdigest()[:16]}")

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import resource
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,9 +132,21 @@ def cores() -> int:
 
 def core_cache_bytes(root: Path = ROOT) -> int | None:
     """The largest cache that a core has, or shares with others; None where nothing tells."""
-    texts = [_text(path) or "" for path in root.glob("sys/devices/system/cpu/cpu0/cache/*/size")]
-    sizes = [1024 * int(text[:-1]) for text in texts if text[:-1].isdecimal() and text[-1] == "K"]
-    return max(sizes, default=None)
+    return max((size for _, _, size in _caches(root)), default=None)
+
+
+def first_cache_bytes(root: Path = ROOT) -> int | None:
+    """A core's nearest cache of data; None where nothing tells."""
+    found = (size for level, kind, size in _caches(root) if level == "1" and kind != "Instruction")
+    return next(found, None)
+
+
+def _caches(root: Path) -> Iterator[tuple[str, str, int]]:
+    """Level, type and bytes of each cache of a core."""
+    for path in root.glob("sys/devices/system/cpu/cpu0/cache/*/size"):
+        level, kind, size = (_text(path.with_name(n)) or "" for n in ("level", "type", "size"))
+        if size[:-1].isdecimal() and size[-1] == "K":
+            yield level, kind, 1024 * int(size[:-1])
 
 
 def processor(root: Path = ROOT) -> str:

@@ -15,11 +15,17 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from common.system import first_cache_bytes
+
 VECTORS = 4  # that a row is multiplied with at a time
 ROWS = 4  # that are multiplied at a time
 LANES = 8
 LINE_BYTES = 64  # that memory gives at a time
 FIRST, SECOND = 3, 2  # of a core's caches, as LLVM has it
+# Whether a core's first cache has room for vectors and the rows that come next. Where it has not
+# they drive each other out of it (docs/measurements.md: 32 KB and 48).
+ROOMY = (first_cache_bytes() or 0) >= 48 << 10
+NEAR = FIRST if ROOMY else SECOND
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()

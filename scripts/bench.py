@@ -153,7 +153,7 @@ _COUNT = click.IntRange(1)
     "--clients",
     callback=_counts,
     metavar="COUNTS",
-    help="As 1,2,4,8: tokens/s of so many clients of one inflash server at once.",
+    help="As 1,2,4,8: tokens/s of so many clients at once of one server, each of ours by itself.",
 )
 @click.option("--ablation", is_flag=True, help="Measure each step from the naive way to this one.")
 @click.option(

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 
 from common.bench import names
 from common.bench.figures import Figures
-from common.bench.report import TITLES, asked, ran
+from common.bench.report import TITLES, asked, by_clients, ran
 from common.bench.studies import PREFILL_FIELD
 
 OURS, THEIRS, FREE = "#c44e52", "#4c72b0", "#a8b8d0"
@@ -136,22 +136,25 @@ def _prefill(axes: Axes, found: Figures) -> None:
     _rows(axes, [_row_title(name) for name in rows])
 
 
-def _served(found: Figures) -> list[Figures]:
-    return [row for row in found.get("clients", ()) if "failed" not in row]
+def _served(found: Figures) -> dict[str, list[Figures]]:
+    return {name: rows for name, rows in by_clients(found).items() if "failed" not in rows[0]}
 
 
 def _clients(axes: Axes, found: Figures) -> None:
     _title(axes, "clients of inflash at once", "clients")
-    rows = _served(found)
-    counts, speeds = [row["n"] for row in rows], [row["tokens_per_s"] for row in rows]
-    axes.plot(counts, speeds, "o-", color=OURS)
-    for count, speed in zip(counts, speeds, strict=True):
-        axes.annotate(f"{speed:,.2f}", (count, speed), textcoords="offset points", xytext=(6, -12),
-                      fontsize=8)  # fmt: skip
-    axes.set_xticks(counts)
+    most = 0.0
+    for (name, rows), style in zip(_served(found).items(), ("o-", "s--", "^:"), strict=False):
+        counts, speeds = [row["n"] for row in rows], [row["tokens_per_s"] for row in rows]
+        axes.plot(counts, speeds, style, color=OURS, label=TITLES[name])
+        for count, speed in zip(counts, speeds, strict=True):
+            axes.annotate(f"{speed:,.2f}", (count, speed), textcoords="offset points",
+                          xytext=(6, -12), fontsize=8)  # fmt: skip
+        axes.set_xticks(counts)
+        most = max(most, *speeds)
+    axes.legend(loc="upper left", fontsize=8)
     axes.margins(x=0.08)  # the last figure stands beside its point
     axes.set_ylabel("tokens/s together")
-    axes.set_ylim(0, 1.15 * max(speeds))
+    axes.set_ylim(0, 1.15 * most)
     axes.grid(alpha=0.3)
 
 

@@ -138,15 +138,24 @@ def _prefill(found: Figures) -> Iterator[str]:
         yield "; ".join(said)
 
 
+def by_clients(found: Figures) -> dict[str, list[Figures]]:
+    """The rows of several clients, by which of ours they asked."""
+    return {"inflash": found["clients"], **found["packed_clients"]} if "clients" in found else {}
+
+
 def _clients(found: Figures) -> Iterator[str]:
-    rows = found.get("clients", ())
+    for name, rows in by_clients(found).items():
+        yield from _clients_of(TITLES[name], rows)
+
+
+def _clients_of(title: str, rows: list[Figures]) -> Iterator[str]:
     for row in rows:
-        who = "1 client" if row["n"] == 1 else f"{row['n']} clients"
+        who = f"{title}: 1 client" if row["n"] == 1 else f"{title}: {row['n']} clients"
         if "failed" in row:
-            yield f"clients: {who} failed: {row['failed']}"
+            yield f"{who} failed: {row['failed']}"
             return  # one server had them all
         speed = row["tokens_per_s"]
-        said = f"clients: {who}: {speed:,.2f} tokens/s together"
+        said = f"{who}: {speed:,.2f} tokens/s together"
         if row is not rows[0]:
             said += f", {speed / rows[0]['tokens_per_s']:.2f} times what {rows[0]['n']} got"
         if row["n"] > 1:

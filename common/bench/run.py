@@ -41,7 +41,6 @@ from common.system import cores, processor
 from inflash import __version__
 
 SERIAL = "inflash, no look-ahead"
-CLIENTS = "inflash, several clients"
 PROMPT_SEED = 7
 
 
@@ -100,7 +99,7 @@ class _Bench:
         if self.options.prefill:
             found["prefill"] = self._prefill(found["contenders"])
         if self.options.clients:
-            found["clients"] = self._clients()
+            found |= self._clients()
         if self.options.ablation:
             found["ablation"] = self._ablation()
         if self.options.context_cost:
@@ -190,15 +189,15 @@ class _Bench:
             result[name][PREFILL_FIELD] = figures.get(PREFILL_FIELD)
         return {"tokens": PREFILL_TOKENS, "contenders": found}
 
-    def _clients(self) -> list[Figures]:
-        counts = self.options.clients
+    def _clients(self) -> Figures:
+        """`clients` are inflash's, `packed_clients` by name those of ours whose weights are."""
+        counts, work = self.options.clients, self._work(self.options.tokens)
         self.report.note(f"{', '.join(map(str, counts))} clients at once")
         settings = self._settings_for(clients_context(self.options))
-        asked = contenders.inflash(
-            CLIENTS, self.made.store, self._work(self.options.tokens), settings, self.cap,
-            clients=counts,
-        )  # fmt: skip
-        return studies.clients(asked, counts, self.runs)
+        ours = [name for name in self.options.names if name in OURS]
+        asked = [self._ours(name, settings, work, clients=counts) for name in ours]
+        found = studies.clients(asked, counts, self.runs)
+        return {"clients": found.pop("inflash"), "packed_clients": found}
 
     def _present(self, absent: Mapping[str, str]) -> list[str]:
         """The rivals that can run."""

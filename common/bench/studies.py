@@ -43,10 +43,14 @@ def _prefill(done: Sequence[Run]) -> Figures:
     }
 
 
-def clients(contender: Contender, counts: Sequence[int], runs: Runs) -> list[Figures]:
-    """Tokens a second by how many clients ask at once: a row for each of `counts`, which the
-    contender was made with; medians of the rounds, and the smallest share."""
-    done = runs([contender])[contender.name]
+def clients(asked: list[Contender], counts: Sequence[int], runs: Runs) -> dict[str, list[Figures]]:
+    """Tokens a second by how many clients ask each contender at once: a row for each of `counts`,
+    which it was made with; medians of the rounds, and the smallest share."""
+    found = runs(asked)
+    return {one.name: _clients(found[one.name], counts) for one in asked}
+
+
+def _clients(done: Sequence[Run], counts: Sequence[int]) -> list[Figures]:
     figures = summarise(done)
     if "failed" in figures:
         return [{"n": count, "failed": figures["failed"]} for count in counts]

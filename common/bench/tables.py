@@ -11,7 +11,7 @@ from rich.table import Table
 from common.bench.clients import PROMPT_TOKENS
 from common.bench.figures import Figures
 from common.bench.names import PACKED
-from common.bench.report import TITLES, asked, ran
+from common.bench.report import TITLES, asked, by_clients, ran
 from common.bench.studies import PREFILL_FIELD
 
 NONE = "–"
@@ -89,18 +89,20 @@ def clients(found: Figures) -> Table:
     """What several clients of one server get together."""
     table = _table(
         f"clients at once, {PROMPT_TOKENS} + {found['tokens']} tokens each",
-        "clients", "tokens/s", "times the first", "slowest ÷ mean", "peak",
+        "contender", "clients", "tokens/s", "times the first", "slowest ÷ mean", "peak",
     )  # fmt: skip
-    first = found["clients"][0].get("tokens_per_s")
-    for row in found["clients"]:
-        if "failed" in row:
-            table.add_row(f"{row['n']}", "failed")
-            continue
-        speed = row["tokens_per_s"]
-        table.add_row(
-            f"{row['n']}", number(speed), number(speed / first, "×"),
-            number(row["slowest_share"]), size(row["peak_bytes"]),
-        )  # fmt: skip
+    for name, rows in by_clients(found).items():
+        first = rows[0].get("tokens_per_s")
+        for row in rows:
+            title = TITLES[name] if row is rows[0] else ""
+            if "failed" in row:
+                table.add_row(title, f"{row['n']}", "failed")
+                continue
+            speed = row["tokens_per_s"]
+            table.add_row(
+                title, f"{row['n']}", number(speed), number(speed / first, "×"),
+                number(row["slowest_share"]), size(row["peak_bytes"]),
+            )  # fmt: skip
     return table
 
 

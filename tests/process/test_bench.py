@@ -60,8 +60,10 @@ def test_a_bench_of_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert ours["prefill_512_ms"] == found["prefill"]["contenders"]["inflash"]["prefill_512_ms"]
     assert packed["prefill_512_ms"] > 0
     assert [row["n"] for row in found["clients"]] == [1, 2]
-    assert all(row["tokens_per_s"] > 0 for row in found["clients"])
-    assert all(0 <= row["slowest_share"] <= 1 for row in found["clients"])
+    assert list(found["packed_clients"]) == ["inflash_int8"]
+    for rows in (found["clients"], found["packed_clients"]["inflash_int8"]):
+        assert all(row["tokens_per_s"] > 0 for row in rows)
+        assert all(0 <= row["slowest_share"] <= 1 for row in rows)
     limits = found["floors"]
     assert limits["read_ms"] > 0
     assert limits["compute_ms"] > 0

@@ -171,6 +171,10 @@ def add_packed(found: dict[str, Any]) -> dict[str, Any]:
         {"n": n, "tokens_per_s": speed, "slowest_share": share, "peak_bytes": 6_500_000_000}
         for n, speed, share in ((1, 1.25, 1.0), (4, 3.5, 0.93))
     ]
+    found["packed_clients"] = {
+        "inflash_int8": [row | {"tokens_per_s": 3.0 * row["n"]} for row in found["clients"]],
+        "inflash_int4": [{"n": n, "failed": "it was killed"} for n in (1, 4)],
+    }
     return found
 
 
@@ -198,8 +202,10 @@ def test_a_long_prompt_and_clients_are_said_and_shown(found: dict[str, Any]) -> 
         " as llama.cpp, mmap (26.00 s)",
         "inflash, int8 takes 15.00 s to its first token; it takes 1.2 times as long as llama.cpp",
         "a prompt of 512 tokens: accelerate, disk offload failed: it was not done",
-        "clients: 1 client: 1.25 tokens/s together",
+        "inflash: 1 client: 1.25 tokens/s together",
         "4 clients: 3.50 tokens/s together, 2.80 times what 1 got; the slowest had 0.93 of their",
+        "inflash, int8: 4 clients: 12.00 tokens/s together, 4.00 times what 1 got",
+        "inflash, int4: 1 client failed: it was killed",
     ):
         assert sentence in text
     table = shown(found)
@@ -208,13 +214,14 @@ def test_a_long_prompt_and_clients_are_said_and_shown(found: dict[str, Any]) -> 
         "3.1%",
         "25.6",
         "2.80×",
+        "12.0",
         "0.93",
         "a prompt of 512 tokens, cap 7.0",
     ):
         assert cell in table
     found["clients"] = [{"n": n, "failed": "it was killed"} for n in (1, 4)]
-    assert said(found).count("clients: ") == 1
-    assert "1 client failed: it was killed" in said(found)
+    assert said(found).count("4 clients") == 1, "int8's"
+    assert "inflash: 1 client failed: it was killed" in said(found)
     assert "failed" in shown(found)
 
 

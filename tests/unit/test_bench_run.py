@@ -226,13 +226,13 @@ def test_clients_are_counted_over_the_rounds() -> None:
 
     asked = studies.Contender("x", [], None, ())
     done = [served((1, 2.0, 1.0), (4, 6.0, 0.9)), served((1, 4.0, 1.0), (4, 5.0, 0.8))]
-    rows = studies.clients(asked, (1, 4), lambda asked: {"x": done})
+    rows = studies.clients([asked], (1, 4), lambda asked: {"x": done})["x"]
     assert [(row["n"], row["tokens_per_s"], row["slowest_share"]) for row in rows] == [
         (1, 3.0, 1.0), (4, 5.5, 0.8),
     ]  # fmt: skip
     assert rows[1]["round_tokens_per_s"] == [6.0, 5.0]
     killed = {"x": [run_of(None, problem="it was killed")]}
-    assert studies.clients(asked, (1, 4), lambda asked: killed) == [
+    assert studies.clients([asked], (1, 4), lambda asked: killed)["x"] == [
         {"n": 1, "failed": "it was killed"}, {"n": 4, "failed": "it was killed"},
     ]  # fmt: skip
 

@@ -10,7 +10,15 @@ import pytest
 
 from common.forecast.advice import sentences, warnings
 from common.forecast.machine import Drive
-from common.system import DriveFacts, Limits, core_cache_bytes, facts_of, limits, swap_written_bytes
+from common.system import (
+    DriveFacts,
+    Limits,
+    core_cache_bytes,
+    facts_of,
+    first_cache_bytes,
+    limits,
+    swap_written_bytes,
+)
 from tests.unit.test_forecast import MACHINE
 
 GB = 10**9
@@ -106,7 +114,9 @@ def test_limits_of_a_system(tmp_path: Path) -> None:
         "proc/vmstat": "nr_free 5\npswpin 1\npswpout 7\n", "dev/shm/x": "",
         "proc/sys/fs/aio-max-nr": "65536\n", "proc/sys/fs/aio-nr": "128\n",
         "proc/swaps": "Filename Type Size Used Priority\n/swap file 1024 0 -2\n",
-        "sys/devices/system/cpu/cpu0/cache/index0/size": "32K\n",
+        **{f"sys/devices/system/cpu/cpu0/cache/index{n}/{name}": f"{said}\n"
+           for n, kind, size in ((0, "Instruction", "64K"), (1, "Data", "48K"))
+           for name, said in (("level", 1), ("type", kind), ("size", size))},
         "sys/devices/system/cpu/cpu0/cache/index3/size": "16384K\n",
     })  # fmt: skip
     found = limits(root)
@@ -116,7 +126,9 @@ def test_limits_of_a_system(tmp_path: Path) -> None:
     assert not found.memory_limited
     assert swap_written_bytes(root) == 7 * 4096
     assert core_cache_bytes(root) == 16 << 20
+    assert first_cache_bytes(root) == 48 << 10
     empty = make(tmp_path / "other", {"x": ""})
     assert swap_written_bytes(empty) is None
     assert limits(empty).aio_events_max is None
     assert core_cache_bytes(empty) is None
+    assert first_cache_bytes(empty) is None
