@@ -139,10 +139,10 @@ def _libc() -> ctypes.CDLL:
 
 
 def large_pages(size_bytes: int) -> npt.NDArray[np.uint8]:
-    """Memory of our own, uint8 [size_bytes], all 0: of a megabyte and more in pages of 2 MB, where
-    Linux has them to give."""
+    """Memory of our own, uint8 [size_bytes], all 0, from where a page begins: of a megabyte and
+    more in pages of 2 MB, where Linux has them to give."""
     if size_bytes < LARGE // 2 or sys.platform != "linux":
-        return np.zeros(size_bytes, np.uint8)
+        return np.frombuffer(mmap.mmap(-1, max(size_bytes, 1)), np.uint8)[:size_bytes]
     whole = -(-size_bytes // LARGE) * LARGE
     region = mmap.mmap(-1, whole + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # where there are none
