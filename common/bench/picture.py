@@ -143,12 +143,13 @@ def _served(found: Figures) -> dict[str, list[Figures]]:
 def _clients(axes: Axes, found: Figures) -> None:
     _title(axes, "clients of inflash at once", "clients")
     most = 0.0
-    for (name, rows), style in zip(_served(found).items(), ("o-", "s--", "^:"), strict=False):
+    styles = ("o-", -12), ("s--", 6), ("^:", -12)  # and how far above its point a figure stands
+    for (name, rows), (style, above) in zip(_served(found).items(), styles, strict=False):
         counts, speeds = [row["n"] for row in rows], [row["tokens_per_s"] for row in rows]
         axes.plot(counts, speeds, style, color=OURS, label=TITLES[name])
         for count, speed in zip(counts, speeds, strict=True):
             axes.annotate(f"{speed:,.2f}", (count, speed), textcoords="offset points",
-                          xytext=(6, -12), fontsize=8)  # fmt: skip
+                          xytext=(6, above), fontsize=8)  # fmt: skip
         axes.set_xticks(counts)
         most = max(most, *speeds)
     axes.legend(loc="upper left", fontsize=8)
