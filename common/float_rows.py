@@ -179,14 +179,16 @@ _add_four: Any = intrinsic(_added(ROWS))
 
 
 @compiled
-def add_range_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out: Any) -> None:
+def add_range_at(
+    items: Any, starts: Any, weights: Any, count: int, width: int, begin: int, out: Any
+) -> None:
     """out += Σ weights[i] × (the row of `items` that begins at starts[i]), of its numbers those
-    from `begin` on, as many as `out` has.
+    from `begin` on, as many as `out` has; of the first `count` rows. Those that come after are the
+    next ones, which are asked for.
 
     `items` bits [any], contiguous; `starts` int64 and `weights` float32 [rows]; `out` float32
     [numbers]. ROWS rows at a time: so `out` goes through registers as much less often.
     """
-    count = starts.shape[0]
     for i in range(0, count - ROWS + 1, ROWS):
         _add_four(items, starts, i, begin, weights, out)
     for i in range(count - count % ROWS, count):
@@ -196,4 +198,4 @@ def add_range_at(items: Any, starts: Any, weights: Any, width: int, begin: int, 
 @compiled
 def add_at(items: Any, starts: Any, weights: Any, out: Any) -> None:
     """The same of whole rows: `out` float32 [width]."""
-    add_range_at(items, starts, weights, out.shape[0], 0, out)
+    add_range_at(items, starts, weights, starts.shape[0], out.shape[0], 0, out)

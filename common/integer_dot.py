@@ -32,6 +32,7 @@ from common.vectors import (
     VECTORS,
     Several,
     every,
+    item_at,
     load,
     number,
     of,
@@ -263,17 +264,25 @@ def round4(xs: Any, numbers: Any, scales: Any, sums: Any) -> None:
             sums[v, g] = total
 
 
+def _lowest_bits(_: Any, items: Any, start: Any) -> Any:
+    """The lowest bits of SCALED numbers from `start` on, the first one's lowest."""
+
+    def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        place = item_at(context, builder, signature.args[0], given[0], given[1])
+        bits = builder.trunc(load(builder, place, I8, SCALED), of(ir.IntType(1), SCALED))
+        return builder.bitcast(bits, I16)
+
+    return types.int16(items, types.int64), make
+
+
+_bits_at: Any = intrinsic(_lowest_bits)
+
+
 @compiled
 def scale_at(items: Any, start: Any) -> Any:
-    """The scale of the int8 row at `start`."""
-    eights = items[start : start + SCALED].view(np.uint64)
-    return real(np.int16(_low_bits(eights[0]) | _low_bits(eights[1]) << np.uint64(8)))
-
-
-@compiled
-def _low_bits(eight: Any) -> Any:
-    """The lowest bits of eight numbers, the first one's lowest: 2^(8 i) becomes 2^(56 + i)."""
-    return (eight & np.uint64(0x0101010101010101)) * np.uint64(0x0102040810204080) >> np.uint64(56)
+    """The scale of the int8 row at `start`. No slice of the items is made: to count who holds one
+    would have each row wait for the one before (docs/measurements.md)."""
+    return real(_bits_at(items, start))
 
 
 @in_order

@@ -148,21 +148,23 @@ def _dot(at: int, numbers: Any, items: Any) -> None:
         first, end = next_turn(turns, numbers[_STEP], count)
 
 
-def _add_range(items: Any, starts: Any, weights: Any, width: int, first: int, out: Any) -> None:
+def _add_range(
+    items: Any, starts: Any, weights: Any, count: int, width: int, first: int, out: Any
+) -> None:
     """Of the two kernels that which takes such items."""
     raise NotImplementedError  # numba takes what is below
 
 
 @overload(_add_range, strict=False)  # its names, with their types, are those of the others
 def _which_adds(
-    items: Any, starts: Any, weights: Any, width: Any, first: Any, out: Any
+    items: Any, starts: Any, weights: Any, count: Any, width: Any, first: Any, out: Any
 ) -> Callable[..., None]:
     if items.dtype == types.uint8:
-        return lambda items, starts, weights, width, first, out: add4_range_at(
-            items, starts, weights, width, first, out
+        return lambda items, starts, weights, count, width, first, out: add4_range_at(
+            items, starts, weights, count, width, first, out
         )
-    return lambda items, starts, weights, width, first, out: add_range_at(
-        items, starts, weights, width, first, out
+    return lambda items, starts, weights, count, width, first, out: add_range_at(
+        items, starts, weights, count, width, first, out
     )
 
 
@@ -177,7 +179,7 @@ def _add(at: int, numbers: Any, items: Any) -> None:
     first, end = next_turn(turns, numbers[_STEP], width)
     while first < end:
         if numbers[_WHAT] == _ADD:
-            _add_range(items, starts, weights, width, first, out[0, first:end])
+            _add_range(items, starts, weights, count, width, first, out[0, first:end])
         else:
             _add_many(items, places, values, ends, width, first, end, out)
         first, end = next_turn(turns, numbers[_STEP], width)
@@ -199,9 +201,12 @@ def _add_many(
     done = np.zeros(len(places), np.int64)
     for tile in range(ends.shape[1]):
         for b in range(len(places)):
-            some = slice(done[b], end_of(ends[b], done[b], tile))
-            _add_range(items, places[b, some], values[b, some], width, first, out[b, first:end])
-            done[b] = some.stop
+            stop, rest = end_of(ends[b], done[b], tile), slice(done[b], ends[b, -1])
+            _add_range(
+                items, places[b, rest], values[b, rest], stop - done[b], width, first,
+                out[b, first:end],
+            )  # fmt: skip
+            done[b] = stop
 
 
 def _uint16(at: int) -> None:

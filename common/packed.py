@@ -79,9 +79,11 @@ def _scales_at(items: Any, starts: Any, out: Any) -> None:
 
 
 @compiled
-def add4_range_at(items: Any, starts: Any, weights: Any, width: int, begin: int, out: Any) -> None:
+def add4_range_at(
+    items: Any, starts: Any, weights: Any, count: int, width: int, begin: int, out: Any
+) -> None:
     """`add_range_at` of int4 rows; `begin` is the first number of a group."""
-    groups, count = out.shape[0] // GROUP, starts.shape[0]
+    groups = out.shape[0] // GROUP
     first, packed, every = begin // GROUP, width // 2, width // GROUP
     size, sums = packed + every * 4, out.reshape(groups, GROUP)
     for i in range(0, count - 1, 2):
