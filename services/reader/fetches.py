@@ -76,6 +76,7 @@ class Fetches:
         self._read_for: dict[int, Progress] = {}  # by the tag of a demand's group
         self._landed: set[int] = set()  # layers in which a group landed since `groups` looked
         self._over = (-1, -1)  # the step and layer with which compute was done last
+        self._used: tuple[int, Ids] | None = None  # of the last answer, not marked so yet
         self.ahead = Lookahead(geometry, self.pools, self._groups)
 
     def each_pool(self) -> list[Pool]:
@@ -84,12 +85,14 @@ class Fetches:
 
     def resize(self, slots: int) -> Resize:
         """Brings the slots in use toward `slots`, over all layers; see cache.resize."""
+        self._mark_used()
         return resize(self.each_pool(), slots, min(SLOTS_MIN, self._geometry.neurons))
 
     def take(self, fetch: Fetch, now_ns: int, busy: float = 1.0) -> list[Resident]:
         """Takes a Fetch up: answers a demand's hits. `BadFetchError` if it makes no sense.
 
         The busier the drive (`busy`, the share of the time), the surer a prefetch has to be."""
+        self._mark_used()
         ids = self._check(fetch)
         if fetch.prefetch:
             if self._is_late(fetch):
@@ -108,6 +111,7 @@ class Fetches:
 
     def groups(self, now_ns: int) -> Iterator[Group | Resident]:
         """What can go on now: groups to read, and parts that another fetch has brought by now."""
+        self._mark_used()
         landed, self._landed = self._landed, set()
         for progress in self._fetches.values():
             if len(progress.todo) and progress.fetch.layer in landed:
@@ -243,7 +247,7 @@ class Fetches:
         resident, _ = pool.find(layer, ids)
         hits, todo = ids[resident & ~sent], ids[~resident & ~sent]
         slots = pool.pin(layer, hits)
-        pool.use(layer, ids[resident | sent], self._now)
+        self._used = layer, ids[resident | sent]
         # Only now that the hits are pinned, what look-ahead protected may go.
         ahead = self.ahead.pass_by(fetch.step, layer, ids)
         read = ahead.read if ahead else ids[:0]
@@ -272,6 +276,13 @@ class Fetches:
             answers.append(progress.part(hits[some], slots[some], more, now_ns))
         return answers
 
+    def _mark_used(self) -> None:
+        """Marks what was answered used: before anything may leave, and when compute has it."""
+        if self._used is not None:
+            layer, ids = self._used
+            self._used = None
+            self.pools[layer].use(layer, ids, self._now)
+
     def _extra(self, layer: int, ids: Ids, misses: int, ahead: Ahead | None) -> Ids:
         """Resident neurons to compute though they are not among `ids`, those that were named or
         sent: they cost no read. Room stays for the misses to stream, and it is that of the neurons
@@ -288,9 +299,10 @@ class Fetches:
         return pool.most_used(layer, found, max(0, room))
 
     def _group_size(self, misses: int) -> int:
-        """Few enough parts to be worth their messages, enough of them to multiply meanwhile."""
-        size = max(-(-misses // PARTS_IN_FLIGHT_MAX), PART_BUNDLES_MIN)
-        return min(size, self._bundles_max)
+        """Few enough parts to be worth their messages, enough of them to multiply meanwhile; of
+        one size, so that the last is no crumb."""
+        parts = max(1, min(misses // PART_BUNDLES_MIN, PARTS_IN_FLIGHT_MAX))
+        return min(max(-(-misses // parts), 1), self._bundles_max)
 
     def _hits(self, progress: Progress, now_ns: int) -> list[Resident]:
         """Sends what is resident of what is to do, if anything is."""

@@ -92,22 +92,23 @@ def test_hits_go_at_once_and_say_how_many_are_to_come():
 def test_the_hits_of_a_whole_layer_are_several_parts():
     """As soon as the first is released, the misses stream through its slots."""
     wide = Geometry(layers=2, neurons=NEURONS, hidden=4096, gated=False, dtype="float32")
-    slots, size = NEURONS - 100, PART_BYTES_MAX // wide.stride_bytes
+    missing = 2 * PART_BUNDLES_MIN
+    slots, size = NEURONS - missing, PART_BYTES_MAX // wide.stride_bytes
     fetches = Fetches(wide, (slots, slots), Window(None), "layer", "none")
     fill(fetches, np.arange(slots))
     parts = fetches.take(fetch(np.arange(NEURONS), step=2), 0)
     assert [len(ids_of(part)) for part in parts] == [size, slots - size]
     assert [part.cached for part in parts] == [True, True]
-    assert [part.left for part in parts] == [NEURONS - size, 100]
+    assert [part.left for part in parts] == [NEURONS - size, missing]
     assert [*ids_of(parts[0]), *ids_of(parts[1])] == list(range(slots))
     assert begun(fetches) == [], "all slots are with compute"
     fetches.release(2, 0, 0, 0)
     groups = begun(fetches)
     assert [i for group in groups for i in group.ids.tolist()] == list(range(slots, NEURONS))
     late = [fetches.land(group.tag, 0)[0] for group in groups]
-    assert [part.left for part in late] == [100 - PART_BUNDLES_MIN, 0]
+    assert [part.left for part in late] == [PART_BUNDLES_MIN, 0]
     assert not any(part.cached for part in late)
-    assert (fetches.hits, fetches.misses) == (slots, slots + 100)
+    assert (fetches.hits, fetches.misses) == (slots, slots + missing)
 
 
 def test_the_hits_of_a_whole_layer_are_one_part_where_nothing_is_missing():
@@ -139,10 +140,24 @@ def test_many_misses_are_as_many_parts_as_may_be_in_flight():
     assert [len(group.ids) for group in begun(fetches)] == [100] * PARTS_IN_FLIGHT_MAX
 
 
-def test_few_misses_are_few_parts():
+@pytest.mark.parametrize(("misses", "parts"), [
+    (1, [1]), (100, [100]), (2 * PART_BUNDLES_MIN - 1, [2 * PART_BUNDLES_MIN - 1]),
+    (129, [65, 64]), (200, [67, 67, 66]), (1000, [250] * 4),
+])  # fmt: skip
+def test_parts_are_no_smaller_than_they_are_worth_and_of_one_size(misses, parts):
     fetches = reader(1024)
-    fetches.take(fetch(np.arange(100)), 0)
-    assert [len(group.ids) for group in begun(fetches)] == [PART_BUNDLES_MIN, 36]
+    fetches.take(fetch(np.arange(misses)), 0)
+    assert [len(group.ids) for group in begun(fetches)] == parts
+
+
+def test_what_an_answer_used_is_marked_before_anything_leaves():
+    fetches = reader(2)
+    fill(fetches, [1], step=1)
+    fill(fetches, [2], step=2)
+    (hits,) = fetches.take(fetch([1], step=3), 0)
+    fetches.release(3, 0, hits.part, 0)
+    fill(fetches, [3], step=4)
+    assert fetches.pools[0].residents(0).tolist() == [1, 3]
 
 
 def test_a_whole_layer_streams_through_few_slots():
@@ -184,7 +199,7 @@ def test_a_crumb_of_room_waits_for_more():
     (hits,) = fetches.take(fetch(np.arange(400), step=2), 0)
     assert begun(fetches) == [], "10 slots are free, but parts of 10 are not worth it"
     fetches.release(2, 0, hits.part, 0)
-    assert [len(group.ids) for group in begun(fetches)] == [64, 64, 64]
+    assert [len(group.ids) for group in begun(fetches)] == [70, 70]
 
 
 def test_a_neuron_that_another_fetch_is_loading_is_waited_for():
@@ -243,7 +258,7 @@ def test_an_unreadable_bundle_ends_its_fetch_and_no_other():
 
 def test_a_second_failure_of_a_fetch_says_nothing():
     fetches = reader(200)
-    fetches.take(fetch(np.arange(100)), 0)
+    fetches.take(fetch(np.arange(2 * PART_BUNDLES_MIN)), 0)
     first, second = begun(fetches)
     assert len(fetches.fail(first.tag, first.ids, "why")) == 1
     assert fetches.fail(second.tag, second.ids, "why") == []
