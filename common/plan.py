@@ -24,7 +24,9 @@ from common.config import Settings, cache_bytes
 from common.errors import SettingError
 from common.limits import (
     KV_ROOM_TOKENS,
+    PART_BUNDLES_MIN,
     PART_BYTES_MAX,
+    PARTS_IN_FLIGHT_MAX,
     PREFILL_ROWS_MAX,
     PREFILL_ROWS_MIN,
     RUNNING_MAX,
@@ -310,6 +312,12 @@ def _predictors_bytes(predictor: str, store: Store) -> int:
 def part_bundles(geometry: Geometry) -> int:
     """Neurons of a layer that compute multiplies with a block of tokens at a time, at most."""
     return min(max(PART_BYTES_MAX // geometry.stride_bytes, 1), geometry.neurons)
+
+
+def parts_of(misses: float) -> int:
+    """Parts in which a layer's misses land where there are slots for all: few enough to be worth
+    their messages, enough of them to multiply meanwhile. They are of one size: none is a crumb."""
+    return max(1, min(int(misses) // PART_BUNDLES_MIN, PARTS_IN_FLIGHT_MAX))
 
 
 def _workspace_bytes(needs: Needs, context: int, block: int) -> int:

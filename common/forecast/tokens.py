@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from common.forecast.machine import Machine
-from common.limits import PART_BUNDLES_MIN, PARTS_IN_FLIGHT_MAX
+from common.plan import parts_of
 from common.store.geometry import DTYPE_BYTES, Geometry
 
 NAMED_US = 3.0  # of reader, predictor and messages, for a neuron that is named
@@ -113,9 +113,9 @@ def _reads_ms(machine: Machine, geometry: Geometry, work: Work, layer_ms: float)
 def extra_parts(missed: float, slots: int) -> int:
     """Parts in which a layer's `missed` neurons stream through `slots`, beyond those that they
     take where there is room: as services/reader/fetches.py makes them."""
-    usual = max(-(-missed // PARTS_IN_FLIGHT_MAX), PART_BUNDLES_MIN)
-    few = min(usual, max(1, slots // 2))
-    return int(-(-missed // few) - -(-missed // usual))
+    usual = parts_of(missed)
+    few = min(max(-(-missed // usual), 1), max(1, slots // 2))
+    return max(int(-(-missed // few)) - usual, 0)
 
 
 def prompt_ms(

@@ -33,7 +33,7 @@ from common.limits import (
     STEPS_KEPT,
 )
 from common.messages import Fetch, Resident, Unreadable
-from common.plan import SLOTS_MIN
+from common.plan import SLOTS_MIN, parts_of
 from common.policy import Policy
 from common.store.geometry import Geometry
 from services.reader.ahead import Ahead, Lookahead
@@ -247,7 +247,8 @@ class Fetches:
         resident, _ = pool.find(layer, ids)
         hits, todo = ids[resident & ~sent], ids[~resident & ~sent]
         slots = pool.pin(layer, hits)
-        self._used = layer, ids[resident | sent]
+        used = ids[resident | sent]
+        self._used = layer, used
         # Only now that the hits are pinned, what look-ahead protected may go.
         ahead = self.ahead.pass_by(fetch.step, layer, ids)
         read = ahead.read if ahead else ids[:0]
@@ -256,7 +257,7 @@ class Fetches:
         self.misses += len(todo)
         brought = Brought(
             cached=True,
-            prefetched=int(np.count_nonzero(among(ids[resident | sent], read, neurons))),
+            prefetched=int(np.count_nonzero(among(used, read, neurons))),
             extra=len(extra) + len(early) - int(np.count_nonzero(sent)),
             reads=sum(len(group.reads) for group in ahead.groups) if ahead else 0,
             bytes_read=len(read) * self._geometry.stride_bytes,
@@ -299,10 +300,8 @@ class Fetches:
         return pool.most_used(layer, found, max(0, room))
 
     def _group_size(self, misses: int) -> int:
-        """Few enough parts to be worth their messages, enough of them to multiply meanwhile; of
-        one size, so that the last is no crumb."""
-        parts = max(1, min(misses // PART_BUNDLES_MIN, PARTS_IN_FLIGHT_MAX))
-        return min(max(-(-misses // parts), 1), self._bundles_max)
+        """Of a demand's misses, where there are slots for all."""
+        return min(max(-(-misses // parts_of(misses)), 1), self._bundles_max)
 
     def _hits(self, progress: Progress, now_ns: int) -> list[Resident]:
         """Sends what is resident of what is to do, if anything is."""

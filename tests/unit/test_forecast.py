@@ -208,6 +208,8 @@ def test_few_slots_make_more_parts() -> None:
     assert extra_parts(58.0, 130) == 0, "half of them hold a part of the usual size"
     assert extra_parts(58.0, 40) == 2  # three of 20 in place of one
     assert extra_parts(800.0, 84) == 16  # twenty of 42 in place of four
+    assert extra_parts(100.0, 128) == 1, "two of 64 in place of one: fewer than 64 are no part"
+    assert extra_parts(130.0, 1000) == 0
     assert extra_parts(0.0, 2) == 0
 
 
