@@ -38,7 +38,8 @@ Take = Callable[[int, int, torch.Tensor], None]
 of, from which to which. They are overwritten when it has returned."""
 
 ROW_BLOCKS, WIDTH_BLOCKS = 16, 2  # per thread, of rows that are multiplied, or added up
-SHARED_BYTES_MIN = 6 << 20  # 0.4 ms of one thread's work: to meet another takes 0.2
+THREAD_BYTES_MIN = 3 << 20  # of a thread's part, 0.2 ms of work: as long as to meet another takes
+SHARED_BYTES_MIN = 2 * THREAD_BYTES_MIN
 # Tokens of a sequence that are multiplied one by one with each row, as it is. Of more the rows are
 # made float32 first, for one large product: which takes as long as so many (docs/measurements.md).
 FEW = {np.dtype(BITS["int8"]): 64, np.dtype(BITS["int4"]): 24}
@@ -110,11 +111,12 @@ class Products:
         for items, starts, (xs, *_) in matrices:
             count += len(starts)
             size += xs.size * len(starts) * items.itemsize
-        step, jobs, outs = self._step(count, size, ROW_BLOCKS), [], []
+        threads = self._threads_for(size)
+        step, jobs, outs = self._step(count, threads, ROW_BLOCKS), [], []
         for items, starts, vectors in matrices:
             outs.append(np.empty((len(vectors[0]), len(starts)), np.float32))
             jobs.append(dot_job(items, starts, vectors, step, outs[-1]))
-        self._do(jobs, step < count)
+        self._do(jobs, threads if step < count else 1)
         return outs
 
     def add(self, items: Bits, starts: Starts, weights: Floats, out: Floats) -> None:
@@ -124,12 +126,13 @@ class Products:
         rows whose weight is not 0."""
         few, width = out.shape
         count = len(starts) if few == 1 else int(np.count_nonzero(weights))
-        step = self._step(width, count * width * items.itemsize, WIDTH_BLOCKS)
+        threads = self._threads_for(count * width * items.itemsize)
+        step = self._step(width, threads, WIDTH_BLOCKS)
         if few == 1:
             job = add_job(items, starts, weights[0], step, out[0])
         else:
             job = add_many_job(items, starts, weights, step, out)
-        self._do([job], step < width)
+        self._do([job], threads if step < width else 1)
 
     def few_at_most(self, items: Bits) -> int:
         """How many tokens of a sequence are few."""
@@ -221,14 +224,18 @@ class Products:
         def pack(first: int, end: int) -> None:
             pack_rows(rows[first:end], items, starts[first:end])
 
-        self._spread(len(rows), self._step(len(rows), rows.nbytes, ROW_BLOCKS), pack)
+        step = self._step(len(rows), self._threads_for(rows.nbytes), ROW_BLOCKS)
+        self._spread(len(rows), step, pack)
 
-    def _step(self, count: int, size_bytes: int, blocks: int) -> int:
-        """Items of a block, so many for each thread, where `count` of them are `size_bytes` of
-        weights."""
-        if self._team is None or size_bytes < SHARED_BYTES_MIN:
+    def _threads_for(self, size_bytes: int) -> int:
+        """How many threads have a part worth meeting for in work on so many bytes of weights."""
+        return max(min(size_bytes // THREAD_BYTES_MIN, self._helpers + 1), 1)
+
+    def _step(self, count: int, threads: int, blocks: int) -> int:
+        """Items of a block, of `count`: so many blocks for each thread."""
+        if threads == 1:
             return max(count, 1)
-        step = -(-count // (blocks * (self._helpers + 1)))
+        step = -(-count // (blocks * threads))
         return -(-step // GROUP) * GROUP  # cache lines, too
 
     def _spread(self, count: int, step: int, work: Callable[[int, int], None]) -> None:
@@ -244,10 +251,10 @@ class Products:
 
         self._team.call(take)
 
-    def _do(self, jobs: Sequence[Job], shared: bool) -> None:
-        """Has jobs done by all threads, or by this one alone."""
-        if shared and self._team is not None:
-            self._team.do(jobs)
+    def _do(self, jobs: Sequence[Job], threads: int) -> None:
+        """Has jobs done by so many threads, this one among them."""
+        if threads > 1 and self._team is not None:
+            self._team.do(jobs, threads - 1)
         else:
             perform(listed(jobs)[1:])
 

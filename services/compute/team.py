@@ -41,14 +41,14 @@ class Team:
             threads[-1].start()
         files = self._wake, woken, through, self._over
         weakref.finalize(self, _dismiss, self._jobs, self._work, threads, files)
-        self.do([])  # what it takes is compiled, and they are there: no token waits for it
+        self.do([], helpers)  # what it takes is compiled, and they are there: no token waits for it
 
-    def do(self, jobs: Sequence[Job]) -> None:
-        """All do `jobs`, at most JOBS_MAX, which share themselves out; returns when they are
-        done."""
+    def do(self, jobs: Sequence[Job], helpers: int) -> None:
+        """So many helpers and the asking thread do `jobs`, at most JOBS_MAX, which share themselves
+        out; returns when they are done."""
         made = listed(jobs)
         self._jobs[: len(made)] = made
-        lead(self._jobs, self._wake, self._over, self._helpers)
+        lead(self._jobs, self._wake, self._over, helpers)
 
     def call(self, work: Work) -> None:
         """All call `work`, which shares itself out; returns when all are through, and raises what

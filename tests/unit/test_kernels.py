@@ -91,7 +91,7 @@ def test_heads_share_key_heads(kv_heads: int) -> None:
     np.testing.assert_allclose(mixed, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 9])  # of 9 fewer take part: there is too little
 def test_threads_share_a_product(threads: int) -> None:
     rows, width = 2 * SHARED_BYTES_MIN // 2 // 1000, 1000
     values, wide = matrix("float16", rows, width)
