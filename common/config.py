@@ -66,6 +66,8 @@ class Settings:
     reuse: str = "on"  # off: a prompt that begins like a request before is computed whole
     backend: str = "auto"  # how bundles are read: auto, aio or threads
     threads: int = 0  # of compute; 0: as many as there are cores
+    awake: str = "auto"  # on: cores do not halt while a request runs; auto: virtual ones, as far
+    # as this user may say so
     trace: str = "on"  # spans of requests that do not say themselves: see common/spans.py
     metrics: str | None = None  # [HOST:]PORT of the gateway's Prometheus metrics; None: none
     slow: Slow = NOT_SLOWED  # made slow on purpose, to see what comes of it
@@ -171,6 +173,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "reuse": _one_of("on", "off"),
     "backend": _one_of("auto", "aio", "threads"),
     "threads": _count(0),
+    "awake": _one_of("auto", "on", "off"),
     "trace": _one_of("on", "off"),
     "metrics": _address,
     "slow": parse_slow,

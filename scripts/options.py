@@ -69,6 +69,12 @@ _OPTIONS = [
         help="Compute no prompt tokens again that a request before had. [default: on]",
     ),
     click.option("--threads", metavar="N", help="Of compute. [default: all cores]"),
+    click.option(
+        "--awake",
+        type=click.Choice(["auto", "on", "off"]),
+        help="Keep cores from halting while a request runs, which takes power. [default: auto:"
+        " virtual ones, if this user may write /dev/cpu_dma_latency]",
+    ),
     click.option("--backend", type=click.Choice(["auto", "aio", "threads"]), help="How to read."),
     click.option(
         "--trace",

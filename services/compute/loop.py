@@ -41,6 +41,7 @@ from common.store.geometry import GROUP
 from common.store.store import Store, read_end_ids
 from common.system import cores
 from inflash._messages import NO_STATS
+from services.compute.awake import Awake
 from services.compute.blocks import probe_blocks
 from services.compute.failures import StepAbortedError, StepFailedError, StepJoinedError
 from services.compute.generation import Choice, Generation, limit_of, prompt_of
@@ -85,6 +86,8 @@ class ComputeLoop:
         if probe := choose_int8(self._model):
             service.log.info("int8 products", way=probe.way, **dataclasses.asdict(probe))
         self._vocabulary = int(self._model.config.vocab_size)
+        self._awake = Awake(service.settings.awake)
+        service.log.info("awake", reason=self._awake.reason)
         reuse = service.settings.reuse == "on"
         self._sequences = Sequences(store.geometry.layers, self._context, plan.kv_tokens, reuse)
         self._end_ids = read_end_ids(store.config_dir)
@@ -100,6 +103,7 @@ class ComputeLoop:
             if not self._running and not self._arrived:
                 self._control.socket.poll(int(POLL_S * 1000))
             self._take_control()
+            self._awake.keep(bool(self._running or self._arrived))
             for generation in list(self._running.values()):
                 if generation.aborted:
                     self._end(generation, "cancelled")
