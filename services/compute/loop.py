@@ -71,6 +71,8 @@ class ComputeLoop:
         self._store = store
         self._control = service.receive_from("control")
         self._answers = service.send_to("answers")
+        self._awake = Awake(service.settings.awake)
+        service.log.info("awake", reason=self._awake.reason)
         plan = make_plan(service.settings, store)
         geometry, resident = store.geometry, service.settings.resident
         compile_for(geometry.compute_dtype)
@@ -86,8 +88,6 @@ class ComputeLoop:
         if probe := choose_int8(self._model):
             service.log.info("int8 products", way=probe.way, **dataclasses.asdict(probe))
         self._vocabulary = int(self._model.config.vocab_size)
-        self._awake = Awake(service.settings.awake)
-        service.log.info("awake", reason=self._awake.reason)
         reuse = service.settings.reuse == "on"
         self._sequences = Sequences(store.geometry.layers, self._context, plan.kv_tokens, reuse)
         self._end_ids = read_end_ids(store.config_dir)
