@@ -149,6 +149,11 @@ def _caches(root: Path) -> Iterator[tuple[str, str, int]]:
             yield level, kind, 1024 * int(size[:-1])
 
 
+def idle_driver(root: Path = ROOT) -> str:
+    """What drives cores that wait, by Linux' name for it; "" where nothing tells."""
+    return _text(root / "sys/devices/system/cpu/cpuidle/current_driver") or ""
+
+
 def processor(root: Path = ROOT) -> str:
     """Its name."""
     lines = (_text(root / "proc/cpuinfo") or "").splitlines()

@@ -13,10 +13,9 @@ import os
 from pathlib import Path
 
 from common.errors import UserError
+from common.system import ROOT, idle_driver
 
-ROOT = Path("/")
 LATENCY = "dev/cpu_dma_latency"
-DRIVER = "sys/devices/system/cpu/cpuidle/current_driver"
 VIRTUAL = "haltpoll"  # the driver of virtual cores: the one it was measured with
 _NO_US = bytes(4)  # int32
 
@@ -28,7 +27,7 @@ class Awake:
         """`setting` is auto, on or off; `UserError` if "on" cannot be had."""
         self._path = root / LATENCY
         self._file: int | None = None
-        self._may, self.reason = self._choose(setting, root / DRIVER)
+        self._may, self.reason = self._choose(setting, root)
         """Why cores are kept from halting, or not: a sentence."""
 
     def keep(self, wanted: bool) -> None:
@@ -40,10 +39,10 @@ class Awake:
             os.close(self._file)
             self._file = None
 
-    def _choose(self, setting: str, driver: Path) -> tuple[bool, str]:
+    def _choose(self, setting: str, root: Path) -> tuple[bool, str]:
         if setting == "off":
             return False, "cores halt as they like: awake is off"
-        if setting == "auto" and not self._is_virtual(driver):
+        if setting == "auto" and idle_driver(root) != VIRTUAL:
             return False, f"cores halt as they like: they are not driven by {VIRTUAL}"
         try:
             os.close(os.open(self._path, os.O_WRONLY | os.O_CLOEXEC))
@@ -55,10 +54,3 @@ class Awake:
                 ) from None
             return False, f"cores halt as they like: {self._path}: {error.strerror}"
         return True, "cores do not halt while a request runs"
-
-    @staticmethod
-    def _is_virtual(driver: Path) -> bool:
-        try:
-            return driver.read_text().strip() == VIRTUAL
-        except OSError:
-            return False

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from services.compute.awake import DRIVER, LATENCY, ROOT, Awake
+from common.system import ROOT
+from services.compute.awake import LATENCY, Awake
 
 REAL = ROOT / LATENCY
+DRIVER = "sys/devices/system/cpu/cpuidle/current_driver"
 
 
 def system(root: Path, driver: str = "haltpoll", latency: bool = True) -> Path:
