@@ -38,8 +38,8 @@ Numbers = npt.NDArray[np.int64]
 _DOT, _ADD, _ADD_MANY = range(3)
 _WAITED_FOR = 1 << 32  # is added to the number of helpers that are not through
 LOOKS = 30_000  # 8 µs
-# What a job's numbers are, by their places.
-(_TURNS, _WHAT, _ITEMS, _SIZE, _STARTS, _COUNT, _STEP, _OUT, _FEW, _WIDTH, _FIRST, _SECOND,
+# What a product's numbers are, by their places; TURNS, the count that threads share, is any job's.
+(TURNS, _WHAT, _ITEMS, _SIZE, _STARTS, _COUNT, _STEP, _OUT, _FEW, _WIDTH, _FIRST, _SECOND,
  _THIRD, _TILES) = range(14)  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def _numbers_of(at: int) -> Any:
 @compiled
 def _turns_of(at: int) -> Any:
     """The count that threads share."""
-    return carray(pointer(at + 8 * _TURNS), 1, np.int64)
+    return carray(pointer(at + 8 * TURNS), 1, np.int64)
 
 
 @compiled

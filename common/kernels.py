@@ -41,7 +41,7 @@ TILE_ROWS = 32  # rows that are taken for one vector after another while they ar
 
 _CACHED = (
     "kernels", "vectors", "float_rows", "integer_dot", "halves", "packed", "native", "jobs",
-    "fired", "firing", "amx", "tiles", "tall",
+    "fired", "firing", "amx", "tiles", "tall", "heads",
 )  # fmt: skip
 
 
@@ -163,45 +163,3 @@ def widen_at(items: Any, starts: Any, out: Any) -> None:
         row, to = items[starts[i] : starts[i] + width], out[i]
         for k in range(width):
             to[k] = real(row[k])
-
-
-@compiled
-def score(query: Any, keys: Any, room: int, out: Any) -> None:
-    """out[h, t] = query[h] · the key of token t of h's key head.
-
-    `query` float32 [heads, width]; `keys` bits [kv heads × room × width], contiguous; `out` float32
-    [heads, tokens]. Heads share key heads in order, as grouped-query attention has it.
-    """
-    heads, width = query.shape
-    group = heads // (keys.shape[0] // (room * width))
-    for h in range(heads):
-        row, first = query[h], h // group * room
-        for t in range(out.shape[1]):
-            key = keys[(first + t) * width : (first + t + 1) * width]
-            total = np.float32(0)
-            for k in range(width):
-                total += row[k] * real(key[k])
-            out[h, t] = total
-
-
-@compiled
-def mix(weights: Any, values: Any, room: int, out: Any) -> None:
-    """out[h] = Σ weights[h, t] × the value of token t of h's value head; as in `score`.
-
-    `weights` float32 [heads, tokens]; `values` bits; `out` float32 [heads, width], zeros at first.
-    """
-    heads, width = out.shape
-    group = heads // (values.shape[0] // (room * width))
-    for h in range(heads):
-        first = h // group * room
-        for t in range(weights.shape[1]):
-            value, weight = values[(first + t) * width : (first + t + 1) * width], weights[h, t]
-            for k in range(width):
-                out[h, k] += weight * real(value[k])
-
-
-def compile_for(dtype: str) -> None:
-    """Compiles what attention takes of states of `dtype`, so that no token waits for it."""
-    wide, items = np.zeros((1, 1), np.float32), np.zeros(1, BITS[dtype])
-    score(wide, items, 1, wide)
-    mix(wide, items, 1, wide)

@@ -7,7 +7,7 @@ would take it for FlashAttention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,27 +15,21 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
-from common.kernels import mix, score
+from common.heads import Held, attend_job
+from common.jobs import Job, listed, perform
 from services.compute.blocks import Share, alone
-from services.compute.products import SHARED_BYTES_MIN, Bits, bits_of
 
 ATTENTION = "single_sequence"
+SLOWER = 3  # than products: how long a byte of keys and values takes (docs/measurements.md)
 TOGETHER = 1 << 16  # scores that are made by one call, if a head has fewer
 
 
-class Held(NamedTuple):
-    """Keys and values of one sequence, as numbers [kv heads × room × width] each, and how many
-    tokens of the room are filled."""
+class Each(NamedTuple):
+    """What several sequences hold, of each of which one token is new. Keys and values are `like`
+    [kv heads, ...]."""
 
-    keys: Bits
-    values: Bits
-    room: int
-    tokens: int
-
-    @property
-    def nbytes(self) -> int:
-        """Of what is filled."""
-        return (self.keys.nbytes + self.values.nbytes) // self.room * self.tokens
+    held: list[Held]
+    like: torch.Tensor
 
 
 class Stretch(NamedTuple):
@@ -47,8 +41,15 @@ class Stretch(NamedTuple):
     values: torch.Tensor
 
 
-Theirs = tuple[Held, ...] | tuple[Stretch, ...]
+Theirs = Each | tuple[Stretch, ...]
 """What several sequences hold: a token of each is new, or some tokens."""
+Do = Callable[[Job, int], None]
+"""Has a job done that goes through so many bytes: see Products.do."""
+
+
+def do_alone(job: Job, size_bytes: int) -> None:
+    """A Do: all by this thread."""
+    perform(listed([job])[1:])
 
 
 def attend(
@@ -59,62 +60,58 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     share: Share = alone,
+    do: Do = do_alone,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query` [1, heads, rows, width] over key, value [1, kv heads, tokens, width].
 
-    Returns [1, rows, heads, width] in the query's dtype, and no weights. Of a block of tokens the
-    heads are shared by `share`. Of several sequences the queries lie one behind another, and each
-    has keys and values of its own: with one query each the sequences are shared, too.
+    Returns [1, rows, heads, width] in the query's dtype, and no weights. Of several sequences the
+    queries lie one behind another, and each has keys and values of its own. Where each has one
+    query, that is a job, which is given to `do`; of a block of tokens the heads are shared by
+    `share`.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query = query[0]
     if isinstance(key, torch.Tensor):
         assert isinstance(value, torch.Tensor)
-        return _attend_part(query, key[0], value[0], scale, share)[None], None
-    held = [theirs for theirs in key if isinstance(theirs, Held)]
-    if held:
-        return _attend_each(query.transpose(0, 1), held, scale, share)[None], None
+        return _attend_part(query, key[0], value[0], scale, share, do)[None], None
+    if isinstance(key, Each):
+        return _attend_each(query.transpose(0, 1), key.held, key.like, scale, do)[None], None
     outs, first = [], 0
     for theirs in key:
-        assert isinstance(theirs, Stretch)
         end = first + theirs.rows
         part = query[:, first:end], theirs.keys, theirs.values
-        outs.append(_attend_part(*part, scale, share))
+        outs.append(_attend_part(*part, scale, share, do))
         first = end
     return torch.cat(outs)[None], None
 
 
 def _attend_each(
-    query: torch.Tensor, held: Sequence[Held], scale: float, share: Share
+    query: torch.Tensor, held: Sequence[Held], like: torch.Tensor, scale: float, do: Do
 ) -> torch.Tensor:
-    """One query of each sequence, [sequences, heads, width], over what it holds; as `_attend_one`
-    has it, to the bit: [sequences, heads, width]."""
-    wide = (query.float() * scale).numpy()
-    out = torch.zeros(query.shape)
-    mixed = out.numpy()
-
-    def work(first: int, end: int) -> None:
-        for i in range(first, end):
-            scores = torch.empty(query.shape[1], held[i].tokens)
-            score(wide[i], held[i].keys, held[i].room, scores.numpy())
-            mix(torch.softmax(scores, dim=1).numpy(), held[i].values, held[i].room, mixed[i])
-
-    if sum(each.nbytes for each in held) < SHARED_BYTES_MIN:
-        work(0, len(query))
-    else:
-        share(len(query), 1, work)
+    """One query of each sequence, [sequences, heads, width], over what it holds, in float32:
+    [sequences, heads, width]. Keys and values are `like` [kv heads, ...]."""
+    out = torch.empty(query.shape)
+    wide = (query.float() * scale).contiguous()
+    number_format = str(like.dtype).removeprefix("torch.")
+    job = attend_job(wide.numpy(), held, len(like), number_format, out.numpy())
+    token_bytes = 2 * len(like) * query.shape[-1] * like.element_size()
+    do(job, SLOWER * token_bytes * sum(each.tokens for each in held))
     return out.to(query.dtype)
 
 
 def _attend_part(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, share: Share
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, share: Share, do: Do
 ) -> torch.Tensor:
     """Queries [heads, rows, width] of one sequence over its key, value [kv heads, tokens, width]:
     [rows, heads, width]."""
-    if query.shape[1] == 1:
-        return _attend_one(query[:, 0], key, value, scale)[None]
-    return _attend_block(query, key, value, scale, share)
+    if query.shape[1] > 1:
+        return _attend_block(query, key, value, scale, share)
+    (_, tokens, width), stride = key.shape, key.stride()
+    if stride != value.stride() or stride[1:] != (width, 1) or stride[0] % width:
+        key, value = key.contiguous(), value.contiguous()
+    held = Held(key.data_ptr(), value.data_ptr(), key.stride(0) // width, tokens)
+    return _attend_each(query.transpose(0, 1), [held], key, scale, do)
 
 
 def _attend_block(
@@ -138,27 +135,6 @@ def _attend_block(
 
     share(kv_heads, max(TOGETHER // (group * rows * tokens), 1), work)
     return out
-
-
-def _attend_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """One query [heads, width] over key, value [kv heads, tokens, width], all in float32."""
-    (heads, width), tokens = query.shape, key.shape[1]
-    scores, out = torch.empty(heads, tokens), torch.zeros(heads, width)
-    score((query.float() * scale).numpy(), *_whole(key), scores.numpy())
-    mix(torch.softmax(scores, dim=1).numpy(), *_whole(value), out.numpy())
-    return out.to(query.dtype)
-
-
-def _whole(states: torch.Tensor) -> tuple[Bits, int]:
-    """The numbers of keys or values [kv heads, tokens, width], and for how many tokens a head has
-    room in them: of the KV cache's views, all that lies before, between and behind."""
-    heads, _, width = states.shape
-    if states.stride()[1:] != (width, 1) or states.stride(0) % width:
-        states = states.contiguous()
-    room = states.stride(0) // width
-    return bits_of(states.as_strided((heads, room, width), (room * width, width, 1))), room
 
 
 AttentionInterface.register(ATTENTION, attend)

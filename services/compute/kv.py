@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from common.heads import Held
 from common.limits import KEPT_MAX
 from common.plan import kv_room
-from services.compute.attention import Held, Stretch, Theirs
-from services.compute.products import Bits, bits_of
+from services.compute.attention import Each, Stretch, Theirs
 
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 
@@ -36,11 +36,11 @@ class KVLayer(CacheLayerMixin):
         self.filled = 0  # tokens
         self._touched = 0  # tokens that may have memory
         self._regions: list[mmap.mmap] = []
-        self._numbers: tuple[Bits, Bits]
+        self._addresses: tuple[int, int]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys, self.values = self._pages(key_states), self._pages(value_states)
-        self._numbers = bits_of(self.keys), bits_of(self.values)
+        self._addresses = self.keys.data_ptr(), self.values.data_ptr()
         self.is_initialized = True
 
     def _pages(self, like: torch.Tensor) -> torch.Tensor:
@@ -66,14 +66,12 @@ class KVLayer(CacheLayerMixin):
         self.filled, self._touched = end, max(self._touched, end)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def append(self, key: Bits, value: Bits) -> Held:
-        """Appends the states of one token, numbers [kv heads, width]; returns all that are filled.
+    def append(self, new_key: int, new_value: int) -> Held:
+        """Makes a place for one token, whose states lie at these addresses; returns what is filled.
         Not the first: the prompt came before it."""
-        for numbers, new in zip(self._numbers, (key, value), strict=True):
-            numbers.reshape(len(new), self.context, -1)[:, self.filled] = new
         self.filled += 1
         self._touched = max(self._touched, self.filled)
-        return Held(*self._numbers, self.context, self.filled)
+        return Held(*self._addresses, self.context, self.filled, new_key, new_value)
 
     def copy(self, other: KVLayer, tokens: int) -> None:
         """An empty one gets what `other` holds of its first `tokens`."""
@@ -120,6 +118,7 @@ class SharedLayer(CacheLayerMixin):
         """`counts`: how many tokens of each are new; they lie one sequence behind another."""
         super().__init__()
         self._layers, self._counts = layers, counts
+        self._new: list[torch.Tensor] = []
         # All are past their prompts: these states are not their first.
         self._one_each = max(counts) == 1 and all(layer.filled for layer in layers)
         self.is_initialized = True
@@ -134,10 +133,13 @@ class SharedLayer(CacheLayerMixin):
         held = (self._append_one_each if self._one_each else self._append)(key_states, value_states)
         return held, held
 
-    def _append_one_each(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[Held, ...]:
-        rows = (states[0].transpose(0, 1).contiguous() for states in (keys, values))
-        each = zip(self._layers, *(bits_of(row).reshape(row.shape) for row in rows), strict=True)
-        return tuple(layer.append(key, value) for layer, key, value in each)
+    def _append_one_each(self, keys: torch.Tensor, values: torch.Tensor) -> Each:
+        rows = [states[0].transpose(0, 1).contiguous() for states in (keys, values)]
+        self._new = rows  # until the next ones come: attention puts them in their place
+        size = rows[0].element_size() * rows[0][0].numel()
+        places = [range(row.data_ptr(), row.data_ptr() + len(row) * size, size) for row in rows]
+        each = zip(self._layers, *places, strict=True)
+        return Each([layer.append(key, value) for layer, key, value in each], keys[0])
 
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[Stretch, ...]:
         parts, first = list[Stretch](), 0

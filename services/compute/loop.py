@@ -24,8 +24,9 @@ import torch
 from common import amx
 from common.fired import compile_fired
 from common.firing import compile_firing
+from common.heads import compile_heads
 from common.jobs import compile_jobs
-from common.kernels import BITS, compile_for
+from common.kernels import BITS
 from common.lifecycle import Service
 from common.limits import (
     POLL_S,
@@ -75,7 +76,7 @@ class ComputeLoop:
         service.log.info("awake", reason=self._awake.reason)
         plan = make_plan(service.settings, store)
         geometry, resident = store.geometry, service.settings.resident
-        compile_for(geometry.compute_dtype)
+        compile_heads(geometry.compute_dtype)
         compile_firing()
         compile_fired(np.zeros(2 * GROUP, BITS[geometry.number_format]))
         packed = ("int8", "int4") if resident != "float" else ()  # int4: some matrices are int8

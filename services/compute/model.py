@@ -73,5 +73,5 @@ def time_products(model: nn.Module, products: Products, time: ProductTime) -> No
     for module in model.modules():
         if isinstance(module, RowLinear):
             setattr(module, "forward", time.timed(module.forward))  # noqa: B010
-    shared = functools.partial(attend, share=products.share)
+    shared = functools.partial(attend, share=products.share, do=products.do)
     AttentionInterface.register(ATTENTION, time.timed(shared))

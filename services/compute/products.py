@@ -251,6 +251,10 @@ class Products:
 
         self._team.call(take)
 
+    def do(self, job: Job, size_bytes: int) -> None:
+        """Has a job done by as many threads as work on so many bytes is worth."""
+        self._do([job], self._threads_for(size_bytes))
+
     def _do(self, jobs: Sequence[Job], threads: int) -> None:
         """Has jobs done by so many threads, this one among them."""
         if threads > 1 and self._team is not None:

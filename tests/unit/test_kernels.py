@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.float_rows import add_at, dot_many_at
-from common.kernels import BITS, mix, row_starts, score, widen_at
+from common.kernels import BITS, row_starts, widen_at
 from common.packed import packed
 from services.compute.products import (
     CHUNK_ROWS,
@@ -72,23 +72,6 @@ def test_int8_rows() -> None:
     out = np.empty(9, np.float32)
     dot_at(values.reshape(-1), row_starts(9, 33), x, out)
     np.testing.assert_array_equal(out, values.sum(axis=1))
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_heads_share_key_heads(kv_heads: int) -> None:
-    room, tokens, width = 12, 9, 16
-    keys, wide = matrix("float16", kv_heads * room, width)
-    query = torch.randn(4, width)
-    group = 4 // kv_heads
-    each = wide.view(kv_heads, room, width)[:, :tokens].repeat_interleave(group, dim=0)
-    scores = np.empty((4, tokens), np.float32)
-    score(query.numpy(), bits_of(keys), room, scores)
-    expected = (each @ query[:, :, None])[:, :, 0]
-    np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-4, atol=1e-4)
-    mixed = np.zeros((4, width), np.float32)
-    mix(scores, bits_of(keys), room, mixed)
-    expected = (torch.from_numpy(scores)[:, None] @ each)[:, 0]
-    np.testing.assert_allclose(mixed, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 9])  # of 9 fewer take part: there is too little
