@@ -55,7 +55,7 @@ WORDS = GROUP // WORD
 ROWS_BY_FOUR, ROWS_BEHIND = (2, 1) if ROOMY else (ROWS, 2)
 
 
-def _pairs(builder: Any, numbers: Any, by: Any) -> Any:
+def pairs(builder: Any, numbers: Any, by: Any) -> Any:
     """int32 [n ÷ 2] of two vectors of integers [n]: their products, neighbours added. Written so
     that LLVM knows it for the one instruction that it is on x86."""
     count = numbers.type.count
@@ -80,7 +80,7 @@ def _sums8(rows: int, count: int, cache: int) -> Any:
                 for n, vector in enumerate(several.vectors):
                     by = load(builder, builder.gep(vector, [at]), I16, PAIRS)
                     for some, those in zip(numbers, sums, strict=True):
-                        added = builder.add(builder.load(those[n]), _pairs(builder, some, by))
+                        added = builder.add(builder.load(those[n]), pairs(builder, some, by))
                         builder.store(added, those[n])
 
             def value(row: int, vector: int) -> Any:
@@ -157,7 +157,7 @@ def _add_groups(
                 products = every(I32, lanes, 0)
                 for j, some in enumerate(numbers):
                     part = load(builder, builder.gep(by, [number(j * 2 * lanes)]), I16, 2 * lanes)
-                    products = builder.add(products, _pairs(builder, some, part))
+                    products = builder.add(products, pairs(builder, some, part))
                 scaled = builder.fmul(builder.sitofp(products, of(FLOAT, lanes)), each)
                 _add_lanes(builder, those, scaled)
 

@@ -91,8 +91,8 @@ class Int8Rows:
 
 @dataclass(frozen=True)
 class Int8Tall:
-    """The same of a matrix of many short rows, which lies by columns, `values` int8 [blocks, width,
-    rows of a block]: row by row its products took twice as long (docs/measurements.md)."""
+    """The same of a matrix of many short rows, which lies by columns (common/tall.py): row by row
+    its products took twice as long (docs/measurements.md)."""
 
     values: npt.NDArray[np.int8]
     scales: Floats

@@ -76,11 +76,11 @@ def test_int8_rows_multiply_as_what_they_stand_for(laid_out: type[Int8Rows | Int
     matrix[7] = 0
     rows = laid_out.of(matrix)
     if laid_out is Int8Rows:
-        values = rows.values
-    else:  # in blocks of columns
-        values = rows.values.swapaxes(1, 2).reshape(-1, 3000)[:50]
+        values, off = rows.values, 1e-3
+    else:  # in blocks of columns, by pairs; and x is rounded
+        values, off = rows.values.swapaxes(1, 2).reshape(-1, 3000)[:50], 1e-2
     near = values * rows.scales[:, None]
     assert (np.abs(near - matrix).max(axis=1) <= np.abs(matrix).max(axis=1) / 253).all()
     for count in (1, 3, PREDICT_TOGETHER_MAX + 1):
         x = rng.standard_normal((count, 3000)).astype(np.float32)
-        np.testing.assert_allclose(rows.dot(x), x @ near.T, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(rows.dot(x), x @ near.T, rtol=1e-3, atol=off)
