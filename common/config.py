@@ -53,8 +53,8 @@ class Settings:
     # a window is given
     window: int | None = None  # tokens; None ("auto"): as large as the cache allows; 0: nothing
     # that a token used stays for the next
-    slots: str = "auto"  # equal: as many in each layer; use: by what a layer's predictor names;
-    # global: all layers share all; auto: use where predictors are fitted, else equal
+    slots: str = "global"  # all layers share all; equal: as many in each layer; use: by what a
+    # layer's predictor names
     extras: str = "ahead"  # what is computed though not named: none, ahead or resident
     bundling: str = "on"  # off: each part of a bundle is a read of its own, for comparison
     lookahead: str = "auto"  # off: nothing is read before its layer asks; auto: on, but where
@@ -163,7 +163,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "predictor": _one_of("auto", "all", "exact", "lowrank"),
     "policy": _one_of("auto", "window", "decay"),
     "window": _window,
-    "slots": _one_of("auto", "equal", "use", "global"),
+    "slots": _one_of("global", "equal", "use"),
     "extras": _one_of("none", "ahead", "resident"),
     "bundling": _one_of("on", "off"),
     "lookahead": _one_of("auto", "on", "off"),

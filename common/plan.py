@@ -354,9 +354,10 @@ def _slots_min(geometry: Geometry) -> int:
 
 
 def _share(each: int, slots: str, needs: Needs) -> tuple[int, ...]:
-    """The slots of every layer where they have `each` on average: as the setting `slots` says."""
+    """The slots of every layer where they have `each` on average: as the setting `slots` says; of
+    one pool what layers may come to have."""
     geometry, asked = needs.geometry, needs.named_shares
-    if asked is None or slots in ("equal", "global"):
+    if asked is None or slots == "equal":
         return (each,) * geometry.layers
     total, least = each * geometry.layers, min(each, _slots_min(geometry))
     return tuple(slots_by_use(asked, total, least, geometry.neurons))

@@ -35,9 +35,9 @@ _OPTIONS = [
     click.option("--window", metavar="auto|K", help="Tokens a neuron stays. [default: auto]"),
     click.option(
         "--slots",
-        type=click.Choice(["auto", "equal", "use", "global"]),
-        help="Of a layer: equal; by use, as the predictor names; or one pool for all."
-        " [default: auto: use if the store was fitted, else equal]",
+        type=click.Choice(["global", "equal", "use"]),
+        help="One pool for all layers; or of each layer, equal, or by use, as the predictor"
+        " names. [default: global]",
     ),
     click.option(
         "--extras",

@@ -17,7 +17,7 @@ from common.store.geometry import Geometry
 STEPS_CHOOSE = ("predictor", "policy", "window", "slots", "extras", "bundling", "lookahead")
 ROUNDS_MIN = 3
 TINY_CACHE = "2%"  # of the FFN: room for reads on their way, and nothing stays
-NOTHING_STAYS = {"cache": TINY_CACHE, "slots": "global", "window": "0"}
+NOTHING_STAYS = {"cache": TINY_CACHE, "window": "0"}
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,9 @@ Ids = npt.NDArray[np.int32]
 
 NONE = -1
 
-# An eviction looks at every slot. Measured: 3.0 ms with 131,072 slots, where the rest of a claim of
-# 400 takes 0.02. So a large pool gives up a share of its slots at once: of those 2,048, which comes
-# to 0.6 ms for each claim of 400, while on average 0.8 % of the slots lie empty. The few thousand
-# slots of a layer's own pool take 0.06 ms; it gives up no more than it must.
-SPARE_SHARE = 64
-SPARE_SLOTS_MIN = 32_768
+# Who leaves is chosen among so many slots for each that has to go: among all of them it took 3 ms
+# with 131,072 slots, and misses became no fewer (docs/measurements.md).
+EVICT_AMONG = 32
 
 
 class Pool:
@@ -54,7 +51,8 @@ class Pool:
         self._first_slot = slots.start
         self._policy = policy
         self._expired = 0  # the token in which `expire` last looked
-        self._spare = len(slots) // SPARE_SHARE if len(slots) >= SPARE_SLOTS_MIN else 0
+        self._shuffled = np.random.default_rng(0).permutation(len(slots)).astype(np.int32)
+        self._hand = 0  # where in it the next eviction looks first
         # A stack, its top at `_free_count`; at first the lowest slots are on top.
         self._free = np.arange(len(slots), dtype=np.int32)[::-1].copy()
         self._free_count = len(slots)
@@ -124,7 +122,7 @@ class Pool:
         """
         missing = len(ids) - self._free_count
         if missing > 0:
-            self._give_up(self._policy.floor(now), max(missing, self._spare))
+            self._give_up(self._policy.floor(now), missing)
         slots = np.sort(self._pop_free(len(ids)))
         numbers = self._numbers(layer, ids)
         self.slot_of[numbers] = slots
@@ -172,11 +170,31 @@ class Pool:
         return ids + np.int32((layer - self.layers.start) * self._neurons)
 
     def _give_up(self, floor: float, want: int) -> None:
-        held = (self.pins > 0) | (self.neuron_of == NONE)
-        slots = evict(self.keys[self.neuron_of], held, floor, want)
+        """Gives up what is below `floor`; and `want` slots at least, if nobody holds them."""
+        if floor == NEVER_USED:
+            want -= self._give_up_of(self._next(want * EVICT_AMONG), floor, want)
+            if want <= 0:
+                return
+        self._give_up_of(self._shuffled, floor, want)
+
+    def _next(self, count: int) -> Slots:
+        """So many slots, or all if there are fewer: other ones than the last time."""
+        first, count = self._hand, min(max(count, EVICT_AMONG), len(self))
+        end = first + count
+        self._hand = end % len(self)
+        if end <= len(self):
+            return self._shuffled[first:end]
+        return np.concatenate([self._shuffled[first:], self._shuffled[: end - len(self)]])
+
+    def _give_up_of(self, some: Slots, floor: float, want: int) -> int:
+        """Of some slots, as `evict` has it; how many."""
+        neurons = self.neuron_of[some]
+        held = (self.pins[some] > 0) | (neurons == NONE)
+        slots = some[evict(self.keys[neurons], held, floor, want)]
         self._free_up(slots)
         self.resident -= len(slots)
         self.evictions += len(slots)
+        return len(slots)
 
     def _free_up(self, slots: Slots) -> None:
         self.slot_of[self.neuron_of[slots]] = NONE

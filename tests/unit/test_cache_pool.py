@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.policy import Decay, Policy, Window
-from services.reader.cache import Pool, among, make_pools, resize
+from services.reader.cache import EVICT_AMONG, Pool, among, make_pools, resize
 
 NEURONS = 1000
 
@@ -47,15 +47,27 @@ def test_a_small_pool_gives_up_what_it_must():
     assert (pool.evictions, pool.resident) == (1, 640)
 
 
-def test_a_large_pool_gives_up_some_to_spare(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("services.reader.cache.SPARE_SLOTS_MIN", 640)
-    pool = pool_of(640)
-    bring(pool, 1, *range(10))
-    bring(pool, 2, *range(10, 640))
-    for now, neuron in enumerate(range(700, 710), 3):
+def test_of_a_large_pool_those_leave_that_were_used_least():
+    """Among those that are looked at, which are others each time."""
+    pool = pool_of(EVICT_AMONG * 20)
+    bring(pool, 1, *range(len(pool)))
+    often = range(0, len(pool), 2)
+    pool.use(0, ids(*often), 2)
+    for now, neuron in enumerate(range(len(pool), len(pool) + 100), 3):
         bring(pool, now, neuron)
-        assert pool.evictions == 10
-    assert resident(pool) == [*range(10, 640), *range(700, 710)], "the longest unused"
+    assert (pool.evictions, pool.resident) == (100, len(pool))
+    assert set(often) <= set(resident(pool))
+
+
+@pytest.mark.parametrize("want", [1, 3])
+def test_where_those_that_are_looked_at_are_held_others_leave(want: int):
+    pool = pool_of(EVICT_AMONG * 20)
+    bring(pool, 1, *range(len(pool)))
+    free = list(range(len(pool) - want, len(pool)))
+    pool.pin(0, ids(*range(len(pool) - want)))
+    bring(pool, 2, *range(len(pool), len(pool) + want))
+    assert pool.resident == len(pool)
+    assert not set(free) & set(resident(pool))
 
 
 def test_what_is_withdrawn_is_free_slots_first_then_the_longest_unused():

@@ -175,7 +175,7 @@ def test_status(served: Served) -> None:
     assert status == 0
     for word in ("gateway", "compute", "ready", "context 64", "0 running"):
         assert word in out
-    assert "predictor all, policy auto, window auto, slots auto, extras ahead" in out
+    assert "predictor all, policy auto, window auto, slots global, extras ahead" in out
 
 
 def test_status_watch_ends_with_ctrl_c(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
