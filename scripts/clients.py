@@ -6,15 +6,18 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from common.bench.clients import Together, measure_clients
+from common.bench.clients import Together, draw, measure_clients
+from common.bench.inflash import vocabulary
 from common.errors import UserError
 from common.launch import Server
 from common.limits import QUEUE_MAX, RUNNING_MAX
+from common.store.store import Store
 from inflash._errors import InflashError
 from scripts.options import server_options
 
@@ -41,9 +44,10 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # in older clicks it i
               help="Of an answer.")  # fmt: skip
 @click.option("--minutes", default=0.0, type=click.FloatRange(min=0),
               help="Ask again for so long, each number of clients. [default: once]")  # fmt: skip
+@click.option("--drawn", is_flag=True, help="Prompts and answers are drawn ids, not text.")
 @click.option("--json", "as_json", is_flag=True, help="Print one object.")
 def main(
-    store: Path, clients: list[int], tokens: int, minutes: float, as_json: bool,
+    store: Path, clients: list[int], tokens: int, minutes: float, drawn: bool, as_json: bool,
     **options: str | None,
 ) -> None:  # fmt: skip
     """Serve STORE to several clients at once: tokens/s of all together, the slowest one's share,
@@ -57,8 +61,12 @@ def main(
     try:
         with tempfile.TemporaryDirectory(prefix="inflash-") as run_dir:
             given |= {"store": str(store.absolute()), "run_dir": run_dir}
+            asked: dict[str, Any] = {}
+            if drawn:
+                ids = vocabulary(Store.open(store))
+                asked["prompts"], asked["given"] = draw(ids, max(clients), tokens)
             with Server(given):
-                rows = measure_clients(Path(run_dir), clients, tokens, 60 * minutes)
+                rows = measure_clients(Path(run_dir), clients, tokens, 60 * minutes, **asked)
     except (UserError, InflashError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

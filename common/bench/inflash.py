@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.bench.clients import PROMPT_TOKENS, measure_clients
+from common.bench.clients import draw, measure_clients
 from common.bench.processes import bytes_read, major_faults, peak_bytes
 from common.bench.rivals.program import Options, Result, Timed, main
 from common.errors import UserError
@@ -135,15 +135,9 @@ def _measure_clients(server: Server, options: Options, ids: int) -> list[dict[st
     """What so many clients get as `--clients` say, each with a prompt and an answer of its own."""
     if not options.own.clients:
         return []
-    random = np.random.default_rng(SEED)
-
-    def draw(count: int) -> list[list[int]]:
-        return random.integers(0, ids, (max(options.own.clients), count)).tolist()
-
-    rows = measure_clients(
-        server.run_dir, options.own.clients, options.tokens,
-        prompts=draw(PROMPT_TOKENS), given=draw(options.tokens),
-    )  # fmt: skip
+    prompts, answers = draw(ids, max(options.own.clients), options.tokens)
+    clients, tokens = options.own.clients, options.tokens
+    rows = measure_clients(server.run_dir, clients, tokens, prompts=prompts, given=answers)
     for row in rows:
         if row.lost or row.doubled or row.different:
             raise UserError(
