@@ -1,8 +1,8 @@
 """Attention of one query of each of a few sequences, as a job: scores, softmax and what they weigh
 of the values, head by head, straight from the KV cache.
 
-One compiled pass: of short sequences, library calls for each took five times as long as what they
-did (docs/measurements.md).
+One compiled pass: calls of a library for each sequence took twice as long, of long ones four times
+(docs/measurements.md).
 """
 
 from __future__ import annotations

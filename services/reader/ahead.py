@@ -96,12 +96,12 @@ class Lookahead:
         worth = ids[: self._useful.worth(fetch.layer, len(ids), busy)]
         ahead.todo = ahead.todo[among(ahead.todo, worth, self._neurons)]
 
-    def groups(self, now: int) -> Iterator[Group]:
+    def groups(self) -> Iterator[Group]:
         """What can be read ahead now. Few groups are in flight, so that a demand that comes finds
         the drive free soon."""
         for ahead in self._aheads.values():
             while len(self._in_flight) < PREFETCH_GROUPS_IN_FLIGHT_MAX:
-                if not ahead.waiting and not self._plan(ahead, now):
+                if not ahead.waiting and not self._plan(ahead):
                     break
                 group = ahead.waiting.popleft()
                 self._groups.begin(group)
@@ -159,7 +159,7 @@ class Lookahead:
             ahead.todo, absent = ahead.todo[~resident], absent[~resident]
         return absent
 
-    def _plan(self, ahead: Ahead, now: int) -> bool:
+    def _plan(self, ahead: Ahead) -> bool:
         """Claims slots for what is absent, in one eviction for some groups, and makes those groups,
         which wait; whether there are any."""
         if not len(ahead.todo):
@@ -173,7 +173,7 @@ class Lookahead:
             return False
         ids = ahead.todo[places]
         ahead.todo = np.delete(ahead.todo, places)
-        slots = pool.claim(layer, ids, now)
+        slots = pool.claim(layer, ids)
         ahead.waiting.extend(self._groups.plan(ahead.fetch, ids, slots, self._group_size))
         return True
 

@@ -94,7 +94,7 @@ class Pool:
         if now != self._expired:
             self._expired = now
             if (floor := self._policy.floor(now)) != NEVER_USED:
-                self._give_up(floor, 0)
+                self._give_up_of(self._shuffled, floor, 0)
 
     def use(self, layer: int, ids: Ids, now: int) -> None:
         """Marks `ids` used in token `now`, wherever they are."""
@@ -115,14 +115,14 @@ class Pool:
         self.pins[slots] = pins
         self.pinned -= int(np.count_nonzero(pins == 0))
 
-    def claim(self, layer: int, ids: Ids, now: int) -> Slots:
+    def claim(self, layer: int, ids: Ids) -> Slots:
         """Slots for absent `ids`, loading and pinned: free slots first, then evicted ones.
 
         At most `room()` ids. Returns int32 [ids], ascending.
         """
         missing = len(ids) - self._free_count
         if missing > 0:
-            self._give_up(self._policy.floor(now), missing)
+            self._give_up(missing)
         slots = np.sort(self._pop_free(len(ids)))
         numbers = self._numbers(layer, ids)
         self.slot_of[numbers] = slots
@@ -152,7 +152,7 @@ class Pool:
         """
         count = max(0, min(count, self.usable - 1, self.room()))
         if count > self._free_count:
-            self._give_up(NEVER_USED, count - self._free_count)
+            self._give_up(count - self._free_count)
         slots = self._pop_free(count)
         self.withdrawn[slots] = True
         self.usable -= count
@@ -169,13 +169,11 @@ class Pool:
     def _numbers(self, layer: int, ids: Ids) -> Ids:
         return ids + np.int32((layer - self.layers.start) * self._neurons)
 
-    def _give_up(self, floor: float, want: int) -> None:
-        """Gives up what is below `floor`; and `want` slots at least, if nobody holds them."""
-        if floor == NEVER_USED:
-            want -= self._give_up_of(self._next(want * EVICT_AMONG), floor, want)
-            if want <= 0:
-                return
-        self._give_up_of(self._shuffled, floor, want)
+    def _give_up(self, want: int) -> None:
+        """Gives up so many slots, if nobody holds them; what left the window went before."""
+        want -= self._give_up_of(self._next(want * EVICT_AMONG), NEVER_USED, want)
+        if want > 0:
+            self._give_up_of(self._shuffled, NEVER_USED, want)
 
     def _next(self, count: int) -> Slots:
         """So many slots, or all if there are fewer: other ones than the last time."""

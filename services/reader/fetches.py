@@ -119,7 +119,7 @@ class Fetches:
             if len(progress.todo) and progress.in_flight < PARTS_IN_FLIGHT_MAX:
                 yield from self._next_groups(progress)
         if not any(len(progress.todo) for progress in self._fetches.values()):
-            yield from self.ahead.groups(self._now)
+            yield from self.ahead.groups()
 
     def land(self, tag: int, now_ns: int) -> list[Resident]:
         """All reads of a group are over and right."""
@@ -328,7 +328,7 @@ class Fetches:
             return []
         ids = progress.todo[places]
         progress.todo = np.delete(progress.todo, places)
-        slots = pool.claim(layer, ids, self._now)
+        slots = pool.claim(layer, ids)
         pool.use(layer, ids, self._now)
         groups = self._groups.plan(progress.fetch, ids, slots, size)
         for group in groups:

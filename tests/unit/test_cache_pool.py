@@ -21,7 +21,7 @@ def pool_of(slots: int, policy: Policy | None = None) -> Pool:
 
 def bring(pool: Pool, now: int, *numbers: int) -> None:
     """Brings neurons in that token `now` uses."""
-    slots = pool.claim(0, ids(*numbers), now)
+    slots = pool.claim(0, ids(*numbers))
     pool.use(0, ids(*numbers), now)
     pool.land(slots)
     pool.unpin(slots)
@@ -85,7 +85,7 @@ def test_what_is_withdrawn_is_free_slots_first_then_the_longest_unused():
 
 def test_what_is_held_is_not_withdrawn():
     pool = pool_of(4)
-    loading = pool.claim(0, ids(1, 2, 3), 1)
+    loading = pool.claim(0, ids(1, 2, 3))
     assert pool.withdraw(4).tolist() == [3]
     pool.land(loading)
     assert len(pool.withdraw(4)) == 0
