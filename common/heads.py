@@ -27,7 +27,8 @@ STEP = 2  # heads that a thread takes at a time
 TOKENS = 4  # whose values are added at a time: so sums go through registers as much less often
 LOG2_E = np.float32(math.log2(math.e))
 LOG2_LEAST = np.float32(-126)  # of the smallest float32 with all its bits
-# 2^f is the sum of these times f^k, off by at most 1e-8 for f from -1/2 to 1/2.
+# 2^f is the sum of these times f^k, off by at most 1e-8 for f from -1/2 to 1/2
+# but for its rounding.
 C1, C2, C3, C4, C5, C6, C7 = (
     np.float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 8)
 )  # fmt: skip

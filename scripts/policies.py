@@ -55,7 +55,7 @@ class FirstIn:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a token reads of one store, with the reader's cache: decay, slots by use."""
+    """What a token reads of one store, with a cache whose policy is decay, slots by use."""
 
     store: str
     share: float  # of the FFN's neurons, as slots

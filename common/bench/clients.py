@@ -23,14 +23,14 @@ PROMPTS = (
 )  # fmt: skip
 """Each client has its own; those of a demo store know Python."""
 PROMPT_TOKENS = 16  # of a prompt that is drawn
-SEED = 1
+SEED = 1  # of the tokens: every run has the same
 
 ANSWER_S = 600.0  # longest wait for an answer
 MEMORY_EVERY_S = 1.0
 
 
 def draw(vocabulary: int, clients: int, tokens: int) -> tuple[list[list[int]], list[list[int]]]:
-    """A prompt and an answer for each client, ids of so many: the same each time."""
+    """A prompt and an answer for each client, ids below `vocabulary`; the same each time."""
     random = np.random.default_rng(SEED)
     prompts = random.integers(0, vocabulary, (clients, PROMPT_TOKENS)).tolist()
     return prompts, random.integers(0, vocabulary, (clients, tokens)).tolist()

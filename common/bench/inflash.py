@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.bench.clients import draw, measure_clients
+from common.bench.clients import SEED, draw, measure_clients
 from common.bench.processes import bytes_read, major_faults, peak_bytes
 from common.bench.rivals.program import Options, Result, Timed, main
 from common.errors import UserError
@@ -42,7 +42,6 @@ from inflash import Client, Stats, __version__
 from inflash._errors import InflashError
 
 Kind = Literal["cold", "warm", "rotating"]
-SEED = 1  # of the tokens: every run has the same
 CLIENT_S = 600.0  # for the first token of a long prompt
 
 

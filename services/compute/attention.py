@@ -20,16 +20,17 @@ from common.jobs import Job, listed, perform
 from services.compute.blocks import Share, alone
 
 ATTENTION = "single_sequence"
-SLOWER = 3  # than products: how long a byte of keys and values takes (docs/measurements.md)
+SLOWER = 3  # at most, than products: how long a byte of keys and values takes
 TOGETHER = 1 << 16  # scores that are made by one call, if a head has fewer
 
 
 class Each(NamedTuple):
-    """What several sequences hold, of each of which one token is new. Keys and values are `like`
-    [kv heads, ...]."""
+    """What several sequences hold, of each of which one token is new, and the new ones' keys and
+    values, [sequences, kv heads, width] each: `held` has addresses in them."""
 
     held: list[Held]
-    like: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 class Stretch(NamedTuple):
@@ -76,7 +77,7 @@ def attend(
         assert isinstance(value, torch.Tensor)
         return _attend_part(query, key[0], value[0], scale, share, do)[None], None
     if isinstance(key, Each):
-        return _attend_each(query.transpose(0, 1), key.held, key.like, scale, do)[None], None
+        return _attend_each(query.transpose(0, 1), key.held, key.keys[0], scale, do)[None], None
     outs, first = [], 0
     for theirs in key:
         end = first + theirs.rows

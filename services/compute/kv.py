@@ -118,7 +118,6 @@ class SharedLayer(CacheLayerMixin):
         """`counts`: how many tokens of each are new; they lie one sequence behind another."""
         super().__init__()
         self._layers, self._counts = layers, counts
-        self._new: list[torch.Tensor] = []
         # All are past their prompts: these states are not their first.
         self._one_each = max(counts) == 1 and all(layer.filled for layer in layers)
         self.is_initialized = True
@@ -135,11 +134,10 @@ class SharedLayer(CacheLayerMixin):
 
     def _append_one_each(self, keys: torch.Tensor, values: torch.Tensor) -> Each:
         rows = [states[0].transpose(0, 1).contiguous() for states in (keys, values)]
-        self._new = rows  # until the next ones come: attention puts them in their place
         size = rows[0].element_size() * rows[0][0].numel()
         places = [range(row.data_ptr(), row.data_ptr() + len(row) * size, size) for row in rows]
         each = zip(self._layers, *places, strict=True)
-        return Each([layer.append(key, value) for layer, key, value in each], keys[0])
+        return Each([layer.append(key, value) for layer, key, value in each], *rows)
 
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[Stretch, ...]:
         parts, first = list[Stretch](), 0

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from transformers.cache_utils import Cache
 
 from services.compute.attention import ATTENTION, attend
-from services.compute.kv import KVLayer
+from services.compute.kv import KVLayer, SharedLayer
 
 CONTEXT = 64
 
@@ -79,3 +79,30 @@ def test_one_query_in_half_precision_equals_many() -> None:
     whole, _ = attend(torch.nn.Identity(), query, key, value, None)
     half, _ = attend(torch.nn.Identity(), query.half(), key.half(), value.half(), None)
     assert torch.allclose(whole, half.float(), atol=3e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_token_of_each_of_several_sequences_is_that_of_each_alone(dtype: torch.dtype) -> None:
+    """To the bit, and the new states are in their place."""
+    torch.manual_seed(0)
+    lengths, alone, together = (1, 6, 40), list[KVLayer](), list[KVLayer]()
+    for tokens in lengths:
+        states = torch.randn(2, 1, 2, tokens, 16).to(dtype)
+        for layers in (alone, together):
+            layers.append(KVLayer(CONTEXT))
+            layers[-1].update(*states)
+    for _ in range(2):
+        query = torch.randn(1, 4, 3, 16).to(dtype)
+        key, value = torch.randn(2, 1, 2, 3, 16).to(dtype)
+        found, _ = attend(
+            torch.nn.Identity(), query, *SharedLayer(together, [1, 1, 1]).update(key, value), None
+        )
+        for i, layer in enumerate(alone):
+            one = slice(i, i + 1)
+            held = layer.update(key[:, :, one], value[:, :, one])
+            expected, _ = attend(torch.nn.Identity(), query[:, :, one], *held, None)
+            assert torch.equal(found[:, one], expected)
+    for a, b, tokens in zip(alone, together, lengths, strict=True):
+        for one, other in ((a.keys, b.keys), (a.values, b.values)):
+            assert one is not None and other is not None  # noqa: PT018
+            assert torch.equal(one[:, :, : tokens + 2], other[:, :, : tokens + 2])
