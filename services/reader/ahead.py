@@ -173,7 +173,7 @@ class Lookahead:
             return False
         ids = ahead.todo[places]
         ahead.todo = np.delete(ahead.todo, places)
-        slots = pool.claim(layer, ids)
+        slots = pool.claim(layer, ids, self._is_whole(ahead))
         ahead.waiting.extend(self._groups.plan(ahead.fetch, ids, slots, self._group_size))
         return True
 

@@ -5,7 +5,9 @@
 
 A pool is slots that compete: those of one layer, or those of all layers (setting `slots`). A slot
 that is loading is pinned by the group that loads it, and a withdrawn one is out of use: its bytes
-belong to the system. Owns no bytes and makes no reads: it only keeps the books. Callers name a
+belong to the system. Where layers compete, a slot that was evicted for one that streams is passing:
+free again with its last pin, for what streams next. Else a prompt, which asks for each layer whole,
+drives out what the layers to come would find. Owns no bytes and makes no reads: it only keeps the books. Callers name a
 neuron by layer and id and a slot by its number in the whole cache; ids and slots in one call never
 repeat.
 """
@@ -44,6 +46,7 @@ class Pool:
         self.neuron_of = np.full(len(slots), NONE, np.int32)
         self.loading = np.zeros(len(slots), np.bool_)
         self.withdrawn = np.zeros(len(slots), np.bool_)
+        self.passing = np.zeros(len(slots), np.bool_)
         self.pins = np.zeros(len(slots), np.int32)
         self.pinned = 0  # slots with a pin or more
         self.usable = len(slots)  # slots that are not withdrawn
@@ -58,6 +61,7 @@ class Pool:
         # A stack, its top at `_free_count`; at first the lowest slots are on top.
         self._free = np.arange(len(slots), dtype=np.int32)[::-1].copy()
         self._free_count = len(slots)
+        self._passed = 0  # of the free slots, those that were passing
 
     def __len__(self) -> int:
         return len(self.neuron_of)
@@ -112,20 +116,33 @@ class Pool:
         return slots + self._first_slot
 
     def unpin(self, slots: Slots) -> None:
+        """Gives up a hold; a passing slot that nobody else holds is free."""
         slots = slots - self._first_slot
         pins = self.pins[slots] - 1
         self.pins[slots] = pins
         self.pinned -= int(np.count_nonzero(pins == 0))
+        over = slots[(pins == 0) & self.passing[slots]]
+        if len(over):
+            self.resident -= len(over)
+            self._passed += len(over)
+            self._free_up(over)
 
-    def claim(self, layer: int, ids: Ids) -> Slots:
-        """Slots for absent `ids`, loading and pinned: free slots first, then evicted ones.
+    def claim(self, layer: int, ids: Ids, streams: bool = False) -> Slots:
+        """Slots for absent `ids`, loading and pinned: free slots first, then evicted ones. If the
+        layer `streams`, and others have slots here, too, evicted ones are passing.
 
         At most `room()` ids. Returns int32 [ids], ascending.
         """
-        missing = len(ids) - self._free_count
-        if missing > 0:
-            self._give_up(missing)
+        evicted = max(len(ids) - self._free_count, 0)
+        if evicted:
+            self._give_up(evicted)
+        again = passing = 0
+        if streams and len(self.layers) > 1:
+            again = min(self._passed, len(ids) - evicted)
+            passing = again + evicted
+        self._passed -= again
         slots = np.sort(self._pop_free(len(ids)))
+        self.passing[slots[:passing]] = True
         numbers = self._numbers(layer, ids)
         self.slot_of[numbers] = slots
         self.neuron_of[slots] = numbers
@@ -200,6 +217,7 @@ class Pool:
     def _free_up(self, slots: Slots) -> None:
         self.slot_of[self.neuron_of[slots]] = NONE
         self.neuron_of[slots] = NONE
+        self.passing[slots] = False
         self._push_free(slots)
 
     def _push_free(self, slots: Slots) -> None:
@@ -208,6 +226,7 @@ class Pool:
 
     def _pop_free(self, count: int) -> Slots:
         self._free_count -= count
+        self._passed = min(self._passed, self._free_count)
         return self._free[self._free_count : self._free_count + count].copy()
 
 

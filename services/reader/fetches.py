@@ -205,6 +205,10 @@ class Fetches:
         progress = self._fetches.get((step, layer))
         return progress is not None and progress.asked
 
+    def _is_whole(self, fetch: Fetch) -> bool:
+        """Whether it asks for a whole layer, which streams."""
+        return len(fetch.ids) == 4 * self._geometry.neurons
+
     def _is_late(self, fetch: Fetch) -> bool:
         """Whether a prefetch is of a layer that has passed."""
         step = fetch.step
@@ -267,7 +271,7 @@ class Fetches:
             hits = np.concatenate([hits, extra])
             slots = np.concatenate([slots, pool.pin(layer, extra)])
         # Of a whole layer the first slots should come back soon: the misses stream through them.
-        streams = len(todo) and len(ids) == neurons
+        streams = len(todo) and self._is_whole(fetch)
         size = self._bundles_max if streams else max(len(hits), 1)
         left = len(todo) + max(len(hits) - size, 0)
         progress.ask(fetch, now_ns, todo, left, self._group_size(len(todo)))
@@ -328,7 +332,7 @@ class Fetches:
             return []
         ids = progress.todo[places]
         progress.todo = np.delete(progress.todo, places)
-        slots = pool.claim(layer, ids)
+        slots = pool.claim(layer, ids, self._is_whole(progress.fetch))
         pool.use(layer, ids, self._now)
         groups = self._groups.plan(progress.fetch, ids, slots, size)
         for group in groups:

@@ -70,6 +70,47 @@ def test_where_those_that_are_looked_at_are_held_others_leave(want: int):
     assert not set(free) & set(resident(pool))
 
 
+def stream(pool: Pool, layer: int, *numbers: int) -> None:
+    """Brings neurons of a layer that streams."""
+    slots = pool.claim(layer, ids(*numbers), streams=True)
+    pool.land(slots)
+    pool.unpin(slots)
+
+
+def test_what_streams_stays_while_there_are_free_slots_then_passes():
+    pool = Pool(range(2), NEURONS, range(10), Window(None))
+    bring(pool, 1, 0, 1, 2, 3)
+    stream(pool, 1, *range(6))
+    assert (pool.residents(1).tolist(), pool.evictions) == (list(range(6)), 0)
+    for first in range(6, 60, 2):
+        stream(pool, 1, first, first + 1)
+    assert pool.evictions == pool.room() - pool.resident == 2, "those passed their slots on"
+    bring(pool, 2, 8, 9)
+    stream(pool, 1, 60)
+    bring(pool, 3, 10)
+    assert 60 not in pool.residents(1), "it passed, though what passed before it was gone"
+    assert (pool.evictions, pool.resident) == (3, 10)
+
+
+def test_a_passing_slot_that_another_holds_is_free_when_that_is_over():
+    pool = Pool(range(2), NEURONS, range(2), Window(None))
+    bring(pool, 1, 0, 1)
+    slots = pool.claim(1, ids(5), streams=True)
+    pool.land(slots)
+    held = pool.pin(1, ids(5))
+    pool.unpin(slots)
+    assert pool.residents(1).tolist() == [5]
+    pool.unpin(held)
+    assert pool.residents(1).tolist() == []
+
+
+def test_a_pool_of_one_layer_keeps_what_streams():
+    pool = pool_of(10)
+    stream(pool, 0, *range(10))
+    stream(pool, 0, *range(10, 14))
+    assert (pool.evictions, pool.resident) == (4, 10)
+
+
 def test_what_is_withdrawn_is_free_slots_first_then_the_longest_unused():
     pool = pool_of(6)
     bring(pool, 1, 1)
