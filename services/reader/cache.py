@@ -7,9 +7,10 @@ A pool is slots that compete: those of one layer, or those of all layers (settin
 that is loading is pinned by the group that loads it, and a withdrawn one is out of use: its bytes
 belong to the system. Where layers compete, a slot that was evicted for one that streams is passing:
 free again with its last pin, for what streams next. Else a prompt, which asks for each layer whole,
-drives out what the layers to come would find. Owns no bytes and makes no reads: it only keeps the books. Callers name a
-neuron by layer and id and a slot by its number in the whole cache; ids and slots in one call never
-repeat.
+drives out what the layers to come would find.
+
+Owns no bytes and makes no reads: it only keeps the books. Callers name a neuron by layer and id and
+a slot by its number in the whole cache; ids and slots in one call never repeat.
 """
 
 from __future__ import annotations
