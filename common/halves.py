@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from common.integer_dot import scale_at, steps_of
+from common.integer_dot import steps_of
 from common.kernels import compiled
 from common.packed import widen_range_at
 
@@ -60,29 +60,16 @@ def halve_at(x: Any, high: Any, low: Any) -> Any:
 
 
 @compiled
-def gather_rows(items: Any, starts: Any, rows: Any, scales: Any) -> None:
-    """int8 rows as they are, [rows, width], and their scales, float32 [rows]."""
-    width = rows.shape[1]
-    for i in range(starts.shape[0]):
-        row, to = items[starts[i] : starts[i] + width], rows[i]
-        for k in range(width):
-            to[k] = row[k]
-        scales[i] = scale_at(items, starts[i])
-
-
-@compiled
 def join(both: Any, of_low: Any, row_scales: Any, scales: Any, out: Any) -> None:
     """Fills `out` float32 [rows, tokens] with what the products of halves come to.
 
     `both` int32 [rows, 2 × tokens]: of a row's high half with each token's halves; `of_low` int32
-    [rows, tokens], of its low half with each token's high one, or [rows, 0] if it has no low half.
+    [rows, tokens], of its low half with each token's high one.
     """
-    tokens, halved = out.shape[1], of_low.shape[1] > 0
+    tokens = out.shape[1]
     for i in range(out.shape[0]):
-        scale = row_scales[i] * np.float32(256 if halved else 1)
+        scale = row_scales[i] * np.float32(256)
         for t in range(tokens):
-            rest = np.float32(both[i, tokens + t])
-            if halved:
-                rest += np.float32(of_low[i, t])
+            rest = np.float32(both[i, tokens + t]) + np.float32(of_low[i, t])
             value = np.float32(both[i, t]) * np.float32(256) + rest
             out[i, t] = value * (scale * scales[t])

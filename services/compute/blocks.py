@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from common import amx, tiles
-from common.halves import PRODUCTS, gather_rows, halve_rows, halve_tokens, join
-from common.kernels import BITS, one_after_another, row_starts
-from common.packed import Bits, Floats, Starts, scales_of
+from common.halves import PRODUCTS, halve_rows, halve_tokens, join
+from common.jobs import dot_job, listed, perform
+from common.kernels import BITS, row_starts
+from common.packed import Bits, Floats, Starts, Vectors, vectors_for
 from common.segment import large_pages
 from common.store.geometry import row_bytes
 from services.compute.turns import median_us
@@ -127,15 +128,23 @@ class Tokens:
         self._share(pairs, HALVED_ROWS // amx.ROWS, lay_out)
         return self._tiled
 
-    def in_integers(self, room: Room) -> Callable[[Bits, Starts], torch.Tensor]:
-        """What multiplies rows with them in integers: float32 [rows, tokens] in a thread's own
-        memory, by `room`."""
-        width = self._rows.shape[1]
+    @cached_property
+    def rounded(self) -> Vectors:
+        """In integers of 16 bits, as a few tokens are for int8 rows."""
+        return vectors_for(np.empty(0, np.int8), self._rows.float().contiguous().numpy())
+
+    def in_integers(self, items: Bits, room: Room) -> Callable[[Starts], torch.Tensor]:
+        """What multiplies rows of `items` with them in integers: float32 [rows, tokens] in a
+        thread's own memory, by `room`."""
+        width, count = self._rows.shape[1], len(self)
         if amx.usable() and tiles.fits(width):
-            tiled, count = self.tiled, len(self)
-            return lambda items, starts: multiply_tiled(items, starts, width, tiled, count, room)
+            tiled = self.tiled
+            return lambda starts: multiply_tiled(items, starts, width, tiled, count, room)
+        if items.dtype == np.int8:
+            rounded = self.rounded
+            return lambda starts: multiply_rounded(items, starts, rounded, count, room)
         halves = self.halves
-        return lambda items, starts: multiply_halves(items, starts, halves, room)
+        return lambda starts: multiply_halves(items, starts, halves, room)
 
 
 def multiply_tiled(
@@ -153,24 +162,27 @@ def multiply_tiled(
     return made[:, :tokens]
 
 
+def multiply_rounded(
+    items: Bits, starts: Starts, vectors: Vectors, tokens: int, room: Room
+) -> torch.Tensor:
+    """The same of int8 rows by the kernel that a few tokens take: torch's product of integers
+    takes 1.1 to 1.8 times as long (docs/measurements.md)."""
+    made = room("made", (len(vectors[0]), len(starts)), torch.float32)
+    job = dot_job(items, starts, vectors, len(starts), made.numpy())
+    perform(listed([job])[1:])
+    return made[:tokens].T
+
+
 def multiply_halves(items: Bits, starts: Starts, halves: Halves, room: Room) -> torch.Tensor:
-    """The same by torch's products."""
+    """The same of rows of floats or int4 by torch's products."""
     numbers, scales = halves
     count, tokens, width = len(starts), len(scales), numbers.shape[1]
-    whole = items.dtype == np.int8
+    high, low = (room(name, (count, width), torch.int8) for name in ("high", "low"))
+    row_scales = np.empty(count, np.float32)
+    halve_rows(items, starts, high.numpy(), low.numpy(), row_scales)
     both = room("both", (count, 2 * tokens), torch.int32)
-    of_low = room("of_low", (count, 0 if whole else tokens), torch.int32)
-    if whole and one_after_another(starts, 0, count, width):
-        high = torch.from_numpy(items[starts[0] :][: count * width]).view(count, width)
-        row_scales = scales_of(items, starts)
-    elif whole:
-        high, row_scales = room("high", (count, width), torch.int8), np.empty(count, np.float32)
-        gather_rows(items, starts, high.numpy(), row_scales)
-    else:
-        high, row_scales = room("high", (count, width), torch.int8), np.empty(count, np.float32)
-        low = room("low", (count, width), torch.int8)
-        halve_rows(items, starts, high.numpy(), low.numpy(), row_scales)
-        torch._int_mm(low, numbers[:tokens].T, out=of_low)
+    of_low = room("of_low", (count, tokens), torch.int32)
+    torch._int_mm(low, numbers[:tokens].T, out=of_low)
     torch._int_mm(high, numbers.T, out=both)
     made = room("made", (count, tokens), torch.float32)
     join(both.numpy(), of_low.numpy(), row_scales, scales, made.numpy())
@@ -180,7 +192,7 @@ def multiply_halves(items: Bits, starts: Starts, halves: Halves, room: Room) -> 
 @dataclass(frozen=True)
 class BlockProbe:
     """How long a block's products take one thread here, microseconds: in float32, and in integers
-    by the number format of the rows; and whether integers come out right."""
+    by the number format of the rows; and whether torch's integers come out right."""
 
     float32_us: float
     float16_us: float
@@ -190,8 +202,10 @@ class BlockProbe:
 
     @property
     def names(self) -> list[str]:
-        """The number formats of rows that are best multiplied in integers."""
-        return [n for n in PRODUCTS if self.right and getattr(self, f"{n}_us") < self.float32_us]
+        """The number formats of rows that are best multiplied in integers; int8 ones never by
+        torch."""
+        right = [name for name in PRODUCTS if self.right or name == "int8"]
+        return [name for name in right if getattr(self, f"{name}_us") < self.float32_us]
 
     @property
     def halved(self) -> list[np.dtype[Any]]:
@@ -214,7 +228,7 @@ def probe_blocks() -> BlockProbe:
         width = row_bytes(name, PROBE_WIDTH) // row.itemsize
         # The last first: gathered, as most bundles are.
         items, starts = np.ones(PROBE_ROWS * width, row), row_starts(PROBE_ROWS, width)[::-1].copy()
-        return lambda: tokens.in_integers(room)(items, starts)
+        return lambda: tokens.in_integers(items, room)(starts)
 
     ways: Mapping[str, Callable[[], object]] = {
         "float32_us": lambda: torch.mm(wide, tokens.columns),

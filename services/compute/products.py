@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from common import amx
 from common.fired import TILE_ROWS, add_fired, list_fired
 from common.jobs import Job, add_job, add_many_job, dot_job, listed, perform
 from common.kernels import BITS
@@ -44,7 +45,8 @@ SHARED_BYTES_MIN = 2 * THREAD_BYTES_MIN
 # made float32 first, for one large product: which takes as long as so many (docs/measurements.md).
 FEW = {np.dtype(BITS["int8"]): 64, np.dtype(BITS["int4"]): 24}
 FEW_FLOATS = 16
-# Where blocks are multiplied in integers, which begins to be faster at fewer, or at more.
+# Where blocks are multiplied in integers, which begins to be faster at fewer, or at more: of int8
+# rows only by the matrix unit, else a block goes through the kernel of the few.
 FEW_HALVED = {np.dtype(BITS["float16"]): 32, np.dtype(BITS["int8"]): 16, np.dtype(BITS["int4"]): 64}
 assert RUNNING_MAX <= FEW_FLOATS, "a token of each request is few"
 # Of a block of tokens' products: rows, or columns of them, that are float32 at a time in a thread.
@@ -136,7 +138,8 @@ class Products:
 
     def few_at_most(self, items: Bits) -> int:
         """How many tokens of a sequence are few."""
-        if items.dtype in self._halved:
+        by_few = items.dtype == np.int8 and not amx.usable()
+        if items.dtype in self._halved and not by_few:
             return FEW_HALVED[items.dtype]
         return FEW.get(items.dtype, FEW_FLOATS)
 
@@ -148,19 +151,19 @@ class Products:
         """The product of each row with each token. Threads share the rows; each gives those that it
         has made to `take`, and what that does is shared, too."""
         if items.dtype in self._halved:
-            make = tokens.in_integers(self._room)
+            make = tokens.in_integers(items, self._room)
         else:
-            make = self._in_floats(tokens.columns)
+            make = self._in_floats(items, tokens.columns)
 
         def multiply(first: int, end: int) -> None:
-            take(first, end, make(items, starts[first:end]))
+            take(first, end, make(starts[first:end]))
 
         self.share(len(starts), CHUNK_ROWS, multiply)
 
-    def _in_floats(self, columns: torch.Tensor) -> Callable[[Bits, Starts], torch.Tensor]:
+    def _in_floats(self, items: Bits, columns: torch.Tensor) -> Callable[[Starts], torch.Tensor]:
         width, count = columns.shape
 
-        def make(items: Bits, starts: Starts) -> torch.Tensor:
+        def make(starts: Starts) -> torch.Tensor:
             rows = self._widened(items, starts, width, 0, width)
             return torch.mm(rows, columns, out=self._room("made", (len(starts), count)))
 
