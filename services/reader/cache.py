@@ -125,7 +125,6 @@ class Pool:
         over = slots[(pins == 0) & self.passing[slots]]
         if len(over):
             self.resident -= len(over)
-            self._passed += len(over)
             self._free_up(over)
 
     def claim(self, layer: int, ids: Ids, streams: bool = False) -> Slots:
@@ -218,6 +217,7 @@ class Pool:
     def _free_up(self, slots: Slots) -> None:
         self.slot_of[self.neuron_of[slots]] = NONE
         self.neuron_of[slots] = NONE
+        self._passed += int(np.count_nonzero(self.passing[slots]))
         self.passing[slots] = False
         self._push_free(slots)
 

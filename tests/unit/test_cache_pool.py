@@ -104,6 +104,15 @@ def test_a_passing_slot_that_another_holds_is_free_when_that_is_over():
     assert pool.residents(1).tolist() == []
 
 
+def test_what_was_claimed_to_pass_and_never_came_passes_its_slot_on():
+    pool = Pool(range(2), NEURONS, range(10), Window(None))
+    bring(pool, 1, *range(10))
+    for first in range(0, 20, 2):
+        pool.fail(pool.claim(1, ids(first, first + 1), streams=True))
+        stream(pool, 1, first, first + 1)
+    assert (pool.evictions, pool.residents(1).tolist()) == (2, [])
+
+
 def test_a_pool_of_one_layer_keeps_what_streams():
     pool = pool_of(10)
     stream(pool, 0, *range(10))
