@@ -16,8 +16,9 @@ from common.kernels import compiled
 from common.packed import widen_range_at
 
 LARGEST = 127 * 256  # so that a high half is at most 127
-# Products of halves by torch that rows of a number format and tokens take, of those that may be
-# so multiplied: low with low is left out, and an int8 row has one half. A float32 store's rows
+# Products of halves that rows of a number format and tokens take, of those that may be so
+# multiplied: low with low is left out, and an int8 row has one half (it goes to torch no more: by
+# this, what a product of torch's would take is reckoned). A float32 store's rows
 # would lose too much, a bfloat16 one's resident rows are float32 (common/proof.py: what they
 # promise).
 PRODUCTS = {"float16": 3, "int8": 2, "int4": 3}
