@@ -84,14 +84,14 @@ class Lookahead:
         """A layer's prefetch, unless it is of the whole layer: that streams, and nothing of it may
         hold slots before it is asked for."""
         ahead = self._aheads.get((step, layer))
-        return None if ahead is None or self._is_whole(ahead) else ahead
+        return None if ahead is None or is_whole(ahead.fetch, self._neurons) else ahead
 
     def take(self, fetch: Fetch, ids: Ids, busy: float) -> None:
         """Takes a prefetch of `ids` up: protects what is resident; of the rest is to be read what
         is worth it with a drive that is busy for the share `busy` of the time."""
         ahead = self._aheads[fetch.step, fetch.layer] = Ahead(fetch, ids, ids)
         self._protect(ahead)
-        if self._is_whole(ahead):
+        if is_whole(ahead.fetch, self._neurons):
             return
         worth = ids[: self._useful.worth(fetch.layer, len(ids), busy)]
         ahead.todo = ahead.todo[among(ahead.todo, worth, self._neurons)]
@@ -173,7 +173,7 @@ class Lookahead:
             return False
         ids = ahead.todo[places]
         ahead.todo = np.delete(ahead.todo, places)
-        slots = pool.claim(layer, ids, self._is_whole(ahead))
+        slots = pool.claim(layer, ids, is_whole(ahead.fetch, self._neurons))
         ahead.waiting.extend(self._groups.plan(ahead.fetch, ids, slots, self._group_size))
         return True
 
@@ -191,10 +191,6 @@ class Lookahead:
         else:
             ahead.protected.append(slots)
 
-    def _is_whole(self, ahead: Ahead) -> bool:
-        """Whether it is of a whole layer: of that there is nothing to learn, it will be needed."""
-        return len(ahead.named) == self._neurons
-
     def _end(self, ahead: Ahead, demanded: Ids) -> npt.NDArray[np.bool_]:
         """Ends it; its layer's demand named `demanded`, none if that never came. Returns a mask
         over what was read for it: what was demanded."""
@@ -210,7 +206,7 @@ class Lookahead:
 
     def _learn(self, ahead: Ahead, used: npt.NDArray[np.bool_]) -> None:
         """Of what was read `used` was demanded."""
-        if not len(used) or self._is_whole(ahead):
+        if not len(used) or is_whole(ahead.fetch, self._neurons):
             return
         place = np.empty(self._neurons, np.int32)
         place[ahead.named] = np.arange(len(ahead.named), dtype=np.int32)
@@ -226,3 +222,9 @@ class Lookahead:
         if ahead.protected:
             pool.unpin(np.concatenate(ahead.protected))
         ahead.protected.clear()
+
+
+def is_whole(fetch: Fetch, neurons: int) -> bool:
+    """Whether it asks for a whole layer of so many neurons: that streams, and of its look-ahead
+    there is nothing to learn, it will be needed."""
+    return len(fetch.ids) == 4 * neurons

@@ -36,7 +36,7 @@ from common.messages import Fetch, Resident, Unreadable
 from common.plan import SLOTS_MIN, parts_of
 from common.policy import Policy
 from common.store.geometry import Geometry
-from services.reader.ahead import Ahead, Lookahead
+from services.reader.ahead import Ahead, Lookahead, is_whole
 from services.reader.cache import Ids, Pool, Resize, among, make_pools, resize
 from services.reader.groups import Group, Groups
 from services.reader.progress import NOTHING, Brought, Progress
@@ -205,10 +205,6 @@ class Fetches:
         progress = self._fetches.get((step, layer))
         return progress is not None and progress.asked
 
-    def _is_whole(self, fetch: Fetch) -> bool:
-        """Whether it asks for a whole layer, which streams."""
-        return len(fetch.ids) == 4 * self._geometry.neurons
-
     def _is_late(self, fetch: Fetch) -> bool:
         """Whether a prefetch is of a layer that has passed."""
         step = fetch.step
@@ -271,7 +267,7 @@ class Fetches:
             hits = np.concatenate([hits, extra])
             slots = np.concatenate([slots, pool.pin(layer, extra)])
         # Of a whole layer the first slots should come back soon: the misses stream through them.
-        streams = len(todo) and self._is_whole(fetch)
+        streams = len(todo) and is_whole(fetch, neurons)
         size = self._bundles_max if streams else max(len(hits), 1)
         left = len(todo) + max(len(hits) - size, 0)
         progress.ask(fetch, now_ns, todo, left, self._group_size(len(todo)))
@@ -332,7 +328,7 @@ class Fetches:
             return []
         ids = progress.todo[places]
         progress.todo = np.delete(progress.todo, places)
-        slots = pool.claim(layer, ids, self._is_whole(progress.fetch))
+        slots = pool.claim(layer, ids, is_whole(progress.fetch, self._geometry.neurons))
         pool.use(layer, ids, self._now)
         groups = self._groups.plan(progress.fetch, ids, slots, size)
         for group in groups:
