@@ -7,7 +7,7 @@ Pure. One prefetch of a layer:
                   │           surest neurons first, where no demand has anything to read
                   ▼
     the layer's demand, or its step is over: what is not begun is dropped, the pins are given up;
-    what is on its way lands as a resident that nobody holds
+    what is on its way is sent to the layer if it waits for it, and else nobody holds it
 
 The demand finds it as hits, but for what was there by the end of the layer before: that is sent
 already (fetches.py). It claims slots that nobody holds, and marks no use. In a pool of all layers
@@ -111,7 +111,7 @@ class Lookahead:
                 yield group
 
     def land(self, group: Group) -> None:
-        """All reads of a group are over and right."""
+        """A group has landed."""
         self._finish(group, group.slots)
 
     def fail(self, group: Group, bad: Ids) -> None:
@@ -119,7 +119,9 @@ class Lookahead:
         demand reads them itself, and reports it."""
         self.unreadable += 1
         wrong = np.isin(group.ids, bad)
-        self._pools[group.layer].fail(group.slots[wrong])
+        pool = self._pools[group.layer]
+        pool.fail(group.slots[wrong])
+        pool.land(group.slots[~wrong])
         self._finish(group, group.slots[~wrong])
 
     def pass_by(self, step: int, layer: int, demanded: Ids) -> Ahead | None:
@@ -184,10 +186,9 @@ class Lookahead:
         return max(0, pool.room() - left)
 
     def _finish(self, group: Group, slots: Slots) -> None:
-        ahead, pool = self._in_flight.pop(group.tag), self._pools[group.layer]
-        pool.land(slots)
+        ahead = self._in_flight.pop(group.tag)
         if ahead.over:
-            pool.unpin(slots)
+            self._pools[group.layer].unpin(slots)
         else:
             ahead.protected.append(slots)
 

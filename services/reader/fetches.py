@@ -74,7 +74,6 @@ class Fetches:
         self._fetches: dict[tuple[int, int], Progress] = {}
         self._groups = Groups(geometry, bundling)
         self._read_for: dict[int, Progress] = {}  # by the tag of a demand's group
-        self._landed: set[int] = set()  # layers in which a group landed since `groups` looked
         self._over = (-1, -1)  # the step and layer with which compute was done last
         self._used: tuple[int, Ids] | None = None  # of the last answer, not marked so yet
         self.ahead = Lookahead(geometry, self.pools, self._groups)
@@ -109,33 +108,32 @@ class Fetches:
         self._begin(fetch, fetch.layer)
         return self._answer(fetch, ids, now_ns)
 
-    def groups(self, now_ns: int) -> Iterator[Group | Resident]:
-        """What can go on now: groups to read, and parts that another fetch has brought by now."""
+    def groups(self) -> Iterator[Group]:
+        """The groups that can be read now."""
         self._mark_used()
-        landed, self._landed = self._landed, set()
         for progress in self._fetches.values():
-            if len(progress.todo) and progress.fetch.layer in landed:
-                yield from self._hits(progress, now_ns)
             if len(progress.todo) and progress.in_flight < PARTS_IN_FLIGHT_MAX:
                 yield from self._next_groups(progress)
         if not any(len(progress.todo) for progress in self._fetches.values()):
             yield from self.ahead.groups()
 
     def land(self, tag: int, now_ns: int) -> list[Resident]:
-        """All reads of a group are over and right."""
+        """All reads of a group are over and right: for its own fetch, or for others that waited
+        for the same neurons."""
         group = self._groups.end(tag)
-        self._landed.add(group.layer)
+        pool = self.pools[group.layer]
+        pool.land(group.slots)
+        others = self._to_waiting(group.layer, now_ns)  # first: with its last pin it may be gone
         if group.fetch.prefetch:
             self.ahead.land(group)
-            return []
-        pool, progress = self.pools[group.layer], self._read_for.pop(tag)
-        pool.land(group.slots)
+            return others
+        progress = self._read_for.pop(tag)
         progress.in_flight -= 1
         if progress.over:
             pool.unpin(group.slots)
-            return []
+            return others
         brought = Brought(reads=len(group.reads), bytes_read=group.bytes_read)
-        return [progress.part(group.ids, group.slots, brought, now_ns)]
+        return [progress.part(group.ids, group.slots, brought, now_ns), *others]
 
     def fail(self, tag: int, bad: Ids, reason: str) -> list[Unreadable]:
         """A group's reads are over, but what came of its neurons `bad` is wrong."""
@@ -303,17 +301,19 @@ class Fetches:
         """Of a demand's misses, where there are slots for all."""
         return min(max(-(-misses // parts_of(misses)), 1), self._bundles_max)
 
-    def _hits(self, progress: Progress, now_ns: int) -> list[Resident]:
-        """Sends what is resident of what is to do, if anything is."""
-        layer = progress.fetch.layer
-        pool = self.pools[layer]
-        resident, _ = pool.find(layer, progress.todo)
-        if not resident.any():
-            return []
-        ids = progress.todo[resident]
-        progress.todo = progress.todo[~resident]
-        pool.use(layer, ids, self._now)
-        return [progress.part(ids, pool.pin(layer, ids), NOTHING, now_ns)]
+    def _to_waiting(self, layer: int, now_ns: int) -> list[Resident]:
+        """Sends what is resident to the fetches of a layer that have it still to do."""
+        pool, answers = self.pools[layer], []
+        for progress in self._fetches.values():
+            if progress.fetch.layer != layer or not len(progress.todo):
+                continue
+            resident, _ = pool.find(layer, progress.todo)
+            if resident.any():
+                ids = progress.todo[resident]
+                progress.todo = progress.todo[~resident]
+                pool.use(layer, ids, self._now)
+                answers.append(progress.part(ids, pool.pin(layer, ids), NOTHING, now_ns))
+        return answers
 
     def _next_groups(self, progress: Progress) -> list[Group]:
         """The next misses of a demand with slots for them; none if there is nothing to be had now:

@@ -182,13 +182,10 @@ class Reader:
         now_ns = time.monotonic_ns()
         if change := self._footprint.fit(now_ns / 1e9):
             self._service.log.info("cache resized", slots_before=change[0], slots=change[1])
-        for step in self._fetches.groups(now_ns):
-            if isinstance(step, Group):
-                self._begun_ns[step.tag] = begun_ns = time.monotonic_ns()
-                self._read_time.begin(begun_ns)
-                self._backend.submit(step.tag, step.layer, step.reads)
-            else:
-                self._send([step])
+        for group in self._fetches.groups():
+            self._begun_ns[group.tag] = begun_ns = time.monotonic_ns()
+            self._read_time.begin(begun_ns)
+            self._backend.submit(group.tag, group.layer, group.reads)
         if now_ns > self._published_ns + PUBLISH_NS:
             self._publish(now_ns)
 

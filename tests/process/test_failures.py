@@ -157,6 +157,13 @@ def test_a_flipped_byte_is_named_and_never_answered(
         assert client.status()["state"] == "ready"
 
 
+def test_a_drive_that_stalls_is_waited_for(made: Made, run_dir: Path) -> None:
+    """As a disk that slept, or one behind a network: it reads, only late. It is not lost."""
+    slow = {"slow": "reads:30%:5000ms", "cache": "100%"}  # each layer is read once
+    with serving(made.store("opt"), run_dir, predictor="all", **slow) as client:
+        assert len(list(client.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True))) == 4
+
+
 def test_an_embedding_that_is_cut_fails_the_request_and_not_the_server(
     made: Made, run_dir: Path, tmp_path: Path
 ) -> None:

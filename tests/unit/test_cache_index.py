@@ -261,7 +261,10 @@ class CacheIndex(RuleBasedStateMachine):
     def bring(self, group: Group) -> None:
         self.memory[group.slots] = group.layer * NEURONS + group.ids
         answers = self.fetches.land(group.tag, 0)
-        assert not (group.fetch.prefetch and answers), "compute hears nothing of a prefetch"
+        for answer in answers:
+            assert set(ids_of(answer)) <= set(group.ids.tolist()), "what landed, and no more"
+            if answer.reads == 0:  # the group is another fetch's: only now this one uses it
+                self.use(answer.layer, ids_of(answer))
         self.see(answers)
 
     def release_all(self) -> None:
@@ -344,19 +347,15 @@ class CacheIndex(RuleBasedStateMachine):
 
     def go_on(self, before: list[dict[tuple[int, int], float]]) -> None:
         """Begins what can begin, and checks what was given up for it."""
-        for step in self.fetches.groups(0):
-            if isinstance(step, Resident):
-                self.use(step.layer, ids_of(step))
-                self.see([step])
-                continue
-            self.groups[step.tag] = step
-            self.memory[step.slots] = SCRIBBLE
-            if step.fetch.prefetch:
+        for group in self.fetches.groups():
+            self.groups[group.tag] = group
+            self.memory[group.slots] = SCRIBBLE
+            if group.fetch.prefetch:
                 self.check_nothing_left_to_read()
-                self.read[step.fetch.step, step.layer] |= set(step.ids.tolist())
+                self.read[group.fetch.step, group.layer] |= set(group.ids.tolist())
             else:
-                self.use(step.layer, step.ids.tolist())
-                assert len(step.ids) <= max(1, self.fetches.pools[step.layer].usable // 2)
+                self.use(group.layer, group.ids.tolist())
+                assert len(group.ids) <= max(1, self.fetches.pools[group.layer].usable // 2)
         self.check_all_given_up(before)
 
     def check_nothing_left_to_read(self) -> None:

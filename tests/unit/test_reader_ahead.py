@@ -37,20 +37,15 @@ def prefetch(fetches: Fetches, ids: object, step: int = 1, layer: int = 1) -> No
 
 
 def begun(fetches: Fetches) -> list[Group]:
-    groups = list(fetches.groups(0))
-    assert all(isinstance(group, Group) for group in groups)
-    return [group for group in groups if isinstance(group, Group)]
+    return list(fetches.groups())
 
 
 def land_all(fetches: Fetches) -> list[Resident]:
     """Lands what can begin, until nothing can."""
     answers: list[Resident] = []
-    while groups := list(fetches.groups(0)):
+    while groups := begun(fetches):
         for group in groups:
-            if isinstance(group, Group):
-                answers += fetches.land(group.tag, 0)
-            else:
-                answers.append(group)
+            answers += fetches.land(group.tag, 0)
     return answers
 
 
@@ -97,9 +92,7 @@ def test_what_is_on_its_way_serves_the_demand_when_it_lands():
     assert (ids_of(answer), answer.left, answer.prefetched) == ([], 1, 0), "it is late"
     assert (answer.bytes_read, answer.wasted_bytes) == (2 * STRIDE, STRIDE)
     assert begun(fetches) == [], "it is not read twice"
-    assert fetches.land(group.tag, 0) == []
-    (late,) = fetches.groups(7)
-    assert isinstance(late, Resident)
+    (late,) = fetches.land(group.tag, 7)
     assert (late.part, ids_of(late), late.left, late.reads, late.landed_ns) == (1, [4], 0, 0, 7)
     fetches.release(1, 1, 0, 0)
     fetches.release(1, 1, 1, 0)
@@ -324,6 +317,22 @@ def test_extras_leave_the_misses_room_to_stream(extras: str, misses: int, slots:
     assert answer.extra == slots - 1
     (group,) = begun(fetches)
     assert group.ids.tolist() == [10], "before compute has released the extra"
+
+
+def test_what_is_on_its_way_to_pass_is_sent_before_it_has_passed() -> None:
+    """In a full pool of all layers a whole layer's look-ahead passes: free with its last pin."""
+    fetches = reader(100, "global")
+    fill(fetches, range(200), step=1, layer=0)
+    prefetch(fetches, range(NEURONS), step=2)
+    groups = begun(fetches)
+    coming = [neuron for group in groups for neuron in group.ids.tolist()]
+    demand(fetches, range(NEURONS), step=2)
+    others = begun(fetches)
+    assert not {neuron for group in others for neuron in group.ids.tolist()} & set(coming)
+    sent = [part for group in groups for part in fetches.land(group.tag, 0)]
+    assert [neuron for part in sent for neuron in ids_of(part)] == coming
+    again = {neuron for group in begun(fetches) for neuron in group.ids.tolist()}
+    assert not again & set(coming), "read twice"
 
 
 def test_a_whole_layer_is_read_ahead_as_far_as_there_are_slots() -> None:

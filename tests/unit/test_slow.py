@@ -21,8 +21,11 @@ def test_what_is_said() -> None:
     assert parse_slow("predictor:2.5ms, reads:100%:5ms") == Slow(1.0, 0.005, 0.0025)
 
 
-@pytest.mark.parametrize("text", ["", "reads", "reads:1%", "reads:101%:5ms", "predictor:5s",
-                                  "predictor:1001ms", "reader:1%:5ms"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["", "reads", "reads:1%", "reads:101%:5ms", "reads:1%:10001ms", "predictor:5s",
+     "predictor:1001ms", "reader:1%:5ms"],
+)  # fmt: skip
 def test_nonsense_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="ms"):
         parse_slow(text)
