@@ -159,7 +159,7 @@ def test_a_flipped_byte_is_named_and_never_answered(
 
 def test_a_drive_that_stalls_is_waited_for(made: Made, run_dir: Path) -> None:
     """As a disk that slept, or one behind a network: it reads, only late. It is not lost."""
-    slow = {"slow": "reads:30%:5000ms", "cache": "100%"}  # each layer is read once
+    slow = {"slow": "reads:13%:5000ms", "cache": "100%"}  # each layer is read once
     with serving(made.store("opt"), run_dir, predictor="all", **slow) as client:
         assert len(list(client.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True))) == 4
 
