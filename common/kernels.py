@@ -41,7 +41,7 @@ TILE_ROWS = 32  # rows that are taken for one vector after another while they ar
 
 _CACHED = (
     "kernels", "vectors", "float_rows", "integer_dot", "halves", "packed", "native", "jobs",
-    "fired", "firing", "amx", "tiles", "tall", "heads",
+    "fired", "firing", "amx", "tiles", "rounded", "tall", "heads",
 )  # fmt: skip
 
 

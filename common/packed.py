@@ -29,7 +29,7 @@ from numba.extending import intrinsic, overload
 from common.integer_dot import round4, round8, scale_at
 from common.kernels import BITS, compiled, real, widen_at
 from common.store.geometry import GROUP, SCALED, row_bytes
-from common.vectors import VECTORS
+from common.vectors import FLOAT, I8, I32, VECTORS, every, item_at, load, number, of, spread, store
 
 Bits = npt.NDArray[Any]
 Starts = npt.NDArray[np.int64]
@@ -66,9 +66,30 @@ def _half(_: Any, value: Any) -> Any:
     return types.uint16(types.float32), make
 
 
+def _group(_: Any, items: Any, begin: Any, scale: Any, least: Any, out: Any, at: Any) -> Any:
+    """Fills float32 `out`, from `at` on, with what a group's numbers stand for, that begin at
+    `begin`. LLVM leaves the loop that says so one number at a time."""
+
+    def make(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        place = item_at(context, builder, signature.args[0], given[0], given[1])
+        to = item_at(context, builder, signature.args[4], given[4], given[5])
+        numbers = load(builder, place, I8, HALF)
+        lows = builder.and_(numbers, every(I8, HALF, 15))
+        highs = builder.lshr(numbers, every(I8, HALF, 4))
+        by, plus = (spread(builder, value, HALF) for value in given[2:4])
+        for first, some in ((0, lows), (HALF, highs)):
+            wide = builder.sitofp(builder.zext(some, of(I32, HALF)), of(FLOAT, HALF))
+            value = builder.fadd(plus, builder.fmul(wide, by))
+            store(builder, builder.gep(to, [number(first)]), value)
+        return context.get_dummy_value()
+
+    return types.void(items, types.int64, types.float32, types.float32, out, types.int64), make
+
+
 low: Any = intrinsic(_nibble(0))
 high: Any = intrinsic(_nibble(4))
 half: Any = intrinsic(_half)
+widen_group: Any = intrinsic(_group)
 
 
 @compiled
@@ -115,13 +136,10 @@ def _widen4_at(items: Any, starts: Any, width: int, begin: int, out: Any) -> Non
     first, packed = begin // GROUP, width // 2
     for i in range(starts.shape[0]):
         row = items[starts[i] : starts[i] + packed + every * 4]
-        halves, numbers = row[packed:].view(np.uint16), row[:packed].reshape(every, HALF)[first:]
-        to = out[i].reshape(groups, GROUP)
+        halves, to = row[packed:].view(np.uint16), out[i]
         for g in range(groups):
             scale, least = real(halves[first + g]), real(halves[every + first + g])
-            for k in range(HALF):
-                to[g, k] = least + low(numbers[g, k]) * scale
-                to[g, k + HALF] = least + high(numbers[g, k]) * scale
+            widen_group(row, (first + g) * HALF, scale, least, to, g * GROUP)
 
 
 def widen_range_at(items: Any, starts: Any, width: int, begin: int, out: Any) -> None:

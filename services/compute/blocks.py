@@ -1,12 +1,12 @@
 """A block of tokens, as products take it, and the way in which this machine multiplies fastest.
 
-Two ways to multiply rows with a block: in float32, by torch; or in integers, rows and tokens in
-halves of 8 bits (common/halves.py). Some processors make eight times as many products of 8 bits in
-a second as of float32, others fewer, or wrong ones: so it is measured, when a server begins.
+Two ways to multiply rows with a block: in float32, by torch; or in integers, by us. Some processors
+make eight times as many products of 8 bits in a second as of float32, others fewer: so it is
+measured, when a server begins.
 
 Integers are multiplied by the processor's matrix unit, where it has one that we know and rows are
-whole steps of it (common/amx.py, tiles.py); else by torch, which takes three products of halves for
-rows of floats and int4, and two for int8 ones, whose numbers have one half.
+whole steps of it (common/amx.py, tiles.py), from numbers in halves of 8 bits; else as numbers of 16
+(common/rounded.py).
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from common import amx, tiles
-from common.halves import PRODUCTS, halve_rows, halve_tokens, join
-from common.jobs import dot_job, listed, perform
+from common.halves import PRODUCTS
 from common.kernels import BITS, row_starts
-from common.packed import Bits, Floats, Starts, Vectors, vectors_for
+from common.packed import Bits, Floats, Starts
+from common.rounded import multiply_rounded, round_rows, round_tokens, whole_chunks
 from common.segment import large_pages
 from common.store.geometry import row_bytes
+from common.vectors import VECTORS
 from services.compute.turns import median_us
 
 Share = Callable[[int, int, Callable[[int, int], None]], None]
@@ -34,7 +35,7 @@ Room = Callable[[str, tuple[int, int], torch.dtype], torch.Tensor]
 """A thread's own memory by name, shape and dtype, whatever is in it, until it asks again."""
 
 LAID_OUT = 512  # numbers of a token that a thread lays out at a time
-HALVED_ROWS = 64  # or tokens in halves: as float32 they stay in a core's cache
+ROUNDED = 64  # tokens that a thread rounds at a time: as float32 they stay in a core's cache
 PROBE_ROWS, PROBE_TOKENS, PROBE_WIDTH, PROBE_TURNS = 256, 256, 2048, 5
 
 
@@ -43,11 +44,11 @@ def alone(count: int, step: int, work: Callable[[int, int], None]) -> None:
     work(0, count)
 
 
-class Halves(NamedTuple):
-    """Tokens in integers: int8 [2 × tokens, width], the high halves first, and the scales, float32
-    [tokens]."""
+class Rounded(NamedTuple):
+    """Tokens as rounded.py takes them, int16 [tokens, whole chunks], and their scales, float32
+    [tokens], with some of zeros behind."""
 
-    numbers: torch.Tensor
+    numbers: Bits
     scales: Floats
 
 
@@ -96,20 +97,6 @@ class Tokens:
         self._share(len(out), LAID_OUT, lay_out)
         return out
 
-    @cached_property
-    def halves(self) -> Halves:
-        """In integers."""
-        tokens, width = self._rows.shape
-        numbers = torch.empty(2 * tokens, width, dtype=torch.int8)
-        made = Halves(numbers, np.empty(tokens, np.float32))
-
-        def lay_out(first: int, end: int) -> None:
-            rows = self._rows[first:end].float().contiguous().numpy()
-            halve_tokens(rows, first, numbers.numpy(), made.scales)
-
-        self._share(tokens, HALVED_ROWS, lay_out)
-        return made
-
     @property
     def tiled(self) -> Tiled:
         """In integers, as tiles."""
@@ -125,13 +112,24 @@ class Tokens:
             rows = self._rows[begin : end * amx.ROWS].float().contiguous().numpy()
             tiles.lay_tokens(rows, begin, right, self._tiled.scales)
 
-        self._share(pairs, HALVED_ROWS // amx.ROWS, lay_out)
+        self._share(pairs, ROUNDED // amx.ROWS, lay_out)
         return self._tiled
 
     @cached_property
-    def rounded(self) -> Vectors:
-        """In integers of 16 bits, as a few tokens are for int8 rows."""
-        return vectors_for(np.empty(0, np.int8), self._rows.float().contiguous().numpy())
+    def rounded(self) -> Rounded:
+        """In integers of 16 bits."""
+        tokens, width = self._rows.shape
+        count = -(-tokens // VECTORS) * VECTORS
+        numbers = np.empty((count, whole_chunks(width)), np.int16)
+        made = Rounded(numbers, np.zeros(count, np.float32))
+        numbers[tokens:] = 0
+
+        def lay_out(first: int, end: int) -> None:
+            rows = self._rows[first:end].float().contiguous().numpy()
+            round_tokens(rows, first, numbers, made.scales)
+
+        self._share(tokens, ROUNDED, lay_out)
+        return made
 
     def in_integers(self, items: Bits, room: Room) -> Callable[[Starts], torch.Tensor]:
         """What multiplies rows of `items` with them in integers: float32 [rows, tokens] in a
@@ -140,11 +138,8 @@ class Tokens:
         if amx.usable() and tiles.fits(width):
             tiled = self.tiled
             return lambda starts: multiply_tiled(items, starts, width, tiled, count, room)
-        if items.dtype == np.int8:
-            rounded = self.rounded
-            return lambda starts: multiply_rounded(items, starts, rounded, count, room)
-        halves = self.halves
-        return lambda starts: multiply_halves(items, starts, halves, room)
+        rounded = self.rounded
+        return lambda starts: multiply_whole(items, starts, width, rounded, count, room)
 
 
 def multiply_tiled(
@@ -162,50 +157,35 @@ def multiply_tiled(
     return made[:, :tokens]
 
 
-def multiply_rounded(
-    items: Bits, starts: Starts, vectors: Vectors, tokens: int, room: Room
+def multiply_whole(
+    items: Bits, starts: Starts, width: int, rounded: Rounded, tokens: int, room: Room
 ) -> torch.Tensor:
-    """The same of int8 rows by the kernel that a few tokens take: torch's product of integers
-    takes 1.1 to 1.8 times as long (docs/measurements.md)."""
-    made = room("made", (len(vectors[0]), len(starts)), torch.float32)
-    job = dot_job(items, starts, vectors, len(starts), made.numpy())
-    perform(listed([job])[1:])
-    return made[:tokens].T
-
-
-def multiply_halves(items: Bits, starts: Starts, halves: Halves, room: Room) -> torch.Tensor:
-    """The same of rows of floats or int4 by torch's products."""
-    numbers, scales = halves
-    count, tokens, width = len(starts), len(scales), numbers.shape[1]
-    high, low = (room(name, (count, width), torch.int8) for name in ("high", "low"))
+    """The same by numbers of 16 bits."""
+    numbers, scales = rounded
+    count, size = len(starts), numbers.shape[1]
+    rows = room("rounded", (count, size), torch.int16).numpy()
     row_scales = np.empty(count, np.float32)
-    halve_rows(items, starts, high.numpy(), low.numpy(), row_scales)
-    both = room("both", (count, 2 * tokens), torch.int32)
-    of_low = room("of_low", (count, tokens), torch.int32)
-    torch._int_mm(low, numbers[:tokens].T, out=of_low)
-    torch._int_mm(high, numbers.T, out=both)
-    made = room("made", (count, tokens), torch.float32)
-    join(both.numpy(), of_low.numpy(), row_scales, scales, made.numpy())
-    return made
+    round_rows(items, starts, width, rows, row_scales)
+    made = room("made", (len(scales), count), torch.float32)
+    rows, begin = rows.reshape(-1), row_starts(count, size)
+    multiply_rounded(rows, begin, row_scales, numbers, scales, made.numpy())
+    return made[:tokens].T
 
 
 @dataclass(frozen=True)
 class BlockProbe:
     """How long a block's products take one thread here, microseconds: in float32, and in integers
-    by the number format of the rows; and whether torch's integers come out right."""
+    by the number format of the rows."""
 
     float32_us: float
     float16_us: float
     int8_us: float
     int4_us: float
-    right: bool
 
     @property
     def names(self) -> list[str]:
-        """The number formats of rows that are best multiplied in integers; int8 ones never by
-        torch."""
-        right = [name for name in PRODUCTS if self.right or name == "int8"]
-        return [name for name in right if getattr(self, f"{name}_us") < self.float32_us]
+        """The number formats of rows that are best multiplied in integers."""
+        return [name for name in PRODUCTS if getattr(self, f"{name}_us") < self.float32_us]
 
     @property
     def halved(self) -> list[np.dtype[Any]]:
@@ -214,8 +194,7 @@ class BlockProbe:
 
 
 def probe_blocks() -> BlockProbe:
-    """Times the ways by turns, medians, and tries integers at their largest: some processors add
-    two products up in 16 bits and lose what is above. The kernels are compiled then, too."""
+    """Times the ways by turns, medians. The kernels are compiled then, too."""
     tokens = Tokens(torch.ones(PROBE_TOKENS, PROBE_WIDTH), alone, TiledRoom())
     wide = torch.ones(PROBE_ROWS, PROBE_WIDTH)
 
@@ -236,7 +215,4 @@ def probe_blocks() -> BlockProbe:
         "int8_us": of("int8"),
         "int4_us": of("int4"),
     }
-    high = torch.full((PROBE_ROWS, PROBE_WIDTH), 127, dtype=torch.int8)
-    least = torch.full((PROBE_TOKENS, PROBE_WIDTH), -128, dtype=torch.int8)
-    right = bool((torch._int_mm(high, least.T) == 127 * -128 * PROBE_WIDTH).all())
-    return BlockProbe(**median_us(ways, PROBE_TURNS), right=right)
+    return BlockProbe(**median_us(ways, PROBE_TURNS))

@@ -43,11 +43,12 @@ THREAD_BYTES_MIN = 3 << 20  # of a thread's part, 0.2 ms of work: as long as to 
 SHARED_BYTES_MIN = 2 * THREAD_BYTES_MIN
 # Tokens of a sequence that are multiplied one by one with each row, as it is. Of more the rows are
 # made float32 first, for one large product: which takes as long as so many (docs/measurements.md).
-FEW = {np.dtype(BITS["int8"]): 64, np.dtype(BITS["int4"]): 24}
+INT8, INT4, FLOAT16 = (np.dtype(BITS[name]) for name in ("int8", "int4", "float16"))
+FEW = {INT8: 64, INT4: 24}
 FEW_FLOATS = 16
-# Where blocks are multiplied in integers, which begins to be faster at fewer, or at more: of int8
-# rows only by the matrix unit, else a block goes through the kernel of the few.
-FEW_HALVED = {np.dtype(BITS["float16"]): 32, np.dtype(BITS["int8"]): 16, np.dtype(BITS["int4"]): 64}
+# Where blocks are multiplied in integers, by a matrix unit or without one.
+FEW_HALVED = {FLOAT16: 32, INT8: 16, INT4: 64}
+FEW_ROUNDED = {FLOAT16: 32, INT8: 64, INT4: 32}
 assert RUNNING_MAX <= FEW_FLOATS, "a token of each request is few"
 # Of a block of tokens' products: rows, or columns of them, that are float32 at a time in a thread.
 CHUNK_ROWS = 256
@@ -138,9 +139,8 @@ class Products:
 
     def few_at_most(self, items: Bits) -> int:
         """How many tokens of a sequence are few."""
-        by_few = items.dtype == np.int8 and not amx.usable()
-        if items.dtype in self._halved and not by_few:
-            return FEW_HALVED[items.dtype]
+        if items.dtype in self._halved:
+            return (FEW_HALVED if amx.usable() else FEW_ROUNDED)[items.dtype]
         return FEW.get(items.dtype, FEW_FLOATS)
 
     def tokens(self, rows: torch.Tensor) -> Tokens:

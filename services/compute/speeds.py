@@ -7,7 +7,7 @@ line.
              fires 3.3 %
     gemm     of a prompt's block of GEMM_ROWS tokens: operations per second of one product of
              torch's, by all threads, where nothing is laid out and nothing read: of float32, and of
-             int8 numbers, of which halves.py takes two or three products for one
+             int8 numbers, of which rows of 16 bits would need two or three products for one
 
 By the number format of the store: a bfloat16 one is computed in float32, and its resident bytes are
 counted as float32. measure.py compares other ways to make the same products.
