@@ -133,7 +133,7 @@ _few_by_few: Any = intrinsic(_sums(ROWS, VECTORS))
 
 
 @compiled
-def multiply_rounded(
+def dot_rounded(
     items: Any, starts: Any, row_scales: Any, tokens: Any, scales: Any, out: Any
 ) -> None:
     """Fills `out` float32 [tokens, rows] with the products of rounded rows, which begin at `starts`

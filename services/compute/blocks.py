@@ -23,7 +23,7 @@ from common import amx, tiles
 from common.halves import PRODUCTS
 from common.kernels import BITS, row_starts
 from common.packed import Bits, Floats, Starts
-from common.rounded import multiply_rounded, round_rows, round_tokens, whole_chunks
+from common.rounded import dot_rounded, round_rows, round_tokens, whole_chunks
 from common.segment import large_pages
 from common.store.geometry import row_bytes
 from common.vectors import VECTORS
@@ -139,7 +139,7 @@ class Tokens:
             tiled = self.tiled
             return lambda starts: multiply_tiled(items, starts, width, tiled, count, room)
         rounded = self.rounded
-        return lambda starts: multiply_whole(items, starts, width, rounded, count, room)
+        return lambda starts: multiply_rounded(items, starts, width, rounded, count, room)
 
 
 def multiply_tiled(
@@ -157,7 +157,7 @@ def multiply_tiled(
     return made[:, :tokens]
 
 
-def multiply_whole(
+def multiply_rounded(
     items: Bits, starts: Starts, width: int, rounded: Rounded, tokens: int, room: Room
 ) -> torch.Tensor:
     """The same by numbers of 16 bits."""
@@ -168,7 +168,7 @@ def multiply_whole(
     round_rows(items, starts, width, rows, row_scales)
     made = room("made", (len(scales), count), torch.float32)
     rows, begin = rows.reshape(-1), row_starts(count, size)
-    multiply_rounded(rows, begin, row_scales, numbers, scales, made.numpy())
+    dot_rounded(rows, begin, row_scales, numbers, scales, made.numpy())
     return made[:tokens].T
 
 
