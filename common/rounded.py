@@ -84,18 +84,10 @@ def _widen8(items: Any, starts: Any, width: int, out: Any, scales: Any) -> None:
 
 
 def round_rows(items: Any, starts: Any, width: int, out: Any, scales: Any) -> None:
-    """The rows of `width` floats, int8 or int4 that begin at `starts`, rounded: fills `out` int16
-    [rows, whole chunks] and the scales, float32 [rows]: NaN where a row has one, or an inf."""
+    """The rows, or tokens, of `width` floats, int8 or int4 that begin at `starts`, rounded: fills
+    `out` int16 [rows, whole chunks] and the scales, float32 [rows]: NaN where one has a NaN, or an
+    inf."""
     (_widen8 if items.dtype == np.int8 else _round)(items, starts, width, out, scales)
-
-
-@compiled
-def round_tokens(rows: Any, first: int, out: Any, scales: Any) -> None:
-    """The same of tokens, `rows` float32 [some, width], for token `first` and those after it."""
-    width = rows.shape[1]
-    for i in range(rows.shape[0]):
-        scales[first + i] = round_at(rows[i], LARGEST, out[first + i, :width])
-        out[first + i, width:] = 0
 
 
 def _sums(rows: int, count: int) -> Any:

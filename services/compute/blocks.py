@@ -23,7 +23,7 @@ from common import amx, tiles
 from common.halves import PRODUCTS
 from common.kernels import BITS, row_starts
 from common.packed import Bits, Floats, Starts
-from common.rounded import dot_rounded, round_rows, round_tokens, whole_chunks
+from common.rounded import dot_rounded, round_rows, whole_chunks
 from common.segment import large_pages
 from common.store.geometry import row_bytes
 from common.vectors import VECTORS
@@ -125,8 +125,9 @@ class Tokens:
         numbers[tokens:] = 0
 
         def lay_out(first: int, end: int) -> None:
-            rows = self._rows[first:end].float().contiguous().numpy()
-            round_tokens(rows, first, numbers, made.scales)
+            rows = self._rows[first:end].float().contiguous().numpy().reshape(-1)
+            starts = row_starts(end - first, width)
+            round_rows(rows, starts, width, numbers[first:end], made.scales[first:end])
 
         self._share(tokens, ROUNDED, lay_out)
         return made
