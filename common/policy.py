@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 Keys = npt.NDArray[np.float64]
-Slots = npt.NDArray[np.int32]
+Slots = npt.NDArray[np.int64]
 
 NEVER_USED = -math.inf  # the key of a neuron that no token has used
 HALF_LIFE = 16.0  # tokens; 8 to 32 read within 4 % of each other (docs/measurements.md)
@@ -63,7 +63,9 @@ class Decay:
     half_life: float = HALF_LIFE
 
     def used(self, keys: Keys, now: int) -> Keys:
-        return np.logaddexp2(keys, now / self.half_life)
+        mark = now / self.half_life
+        # Not logaddexp2, which goes number by number.
+        return np.log2(np.exp2(keys - mark) + 1) + mark
 
     def floor(self, now: int) -> float:
         return NEVER_USED
@@ -82,15 +84,15 @@ def evict(keys: Keys, held: npt.NDArray[np.bool_], floor: float, want: int) -> S
     `keys` [slots] are the keys of the neurons in them. `held` [slots] marks what must stay: slots
     that are pinned, being loaded, or free. Of the others, every one with a key below `floor`
     leaves, then those with the lowest keys, until `want` slots are given up or none is left.
-    Returns int32 [given up], in no order.
+    Returns int64 [given up], in no order.
     """
     order = np.where(held, math.inf, keys)
     outside = 0 if floor == NEVER_USED else int(np.count_nonzero(order < floor))
     # The lowest keys are both those below the floor and the next to go: one cut does both.
     count = min(max(want, outside), len(held) - int(np.count_nonzero(held)))
     if count == 0:
-        return np.empty(0, np.int32)
-    return np.argpartition(order, count - 1)[:count].astype(np.int32)
+        return np.empty(0, np.int64)
+    return np.argpartition(order, count - 1)[:count]
 
 
 def slots_by_use(asked: Sequence[float], total: int, least: int, most: int) -> list[int]:

@@ -152,7 +152,7 @@ def large_pages(size_bytes: int) -> npt.NDArray[np.uint8]:
     return memory[first : first + size_bytes]
 
 
-def give_back(region: Region, slots: npt.NDArray[np.int32], stride_bytes: int) -> bool:
+def give_back(region: Region, slots: npt.NDArray[np.int64], stride_bytes: int) -> bool:
     """Frees the pages of `slots`, in which nothing may be read or written from now on.
 
     False where the system has no way to: the slots keep their memory.
@@ -168,7 +168,7 @@ def give_back(region: Region, slots: npt.NDArray[np.int32], stride_bytes: int) -
     return True
 
 
-def take_again(path: Path, slots: npt.NDArray[np.int32], stride_bytes: int) -> bool:
+def take_again(path: Path, slots: npt.NDArray[np.int64], stride_bytes: int) -> bool:
     """Allocates the pages of `slots` that were given back: else a full machine would be a SIGBUS
     at the first write. False if memory is short; some slots may have pages then."""
     fd = os.open(path, os.O_RDWR)
@@ -183,7 +183,7 @@ def take_again(path: Path, slots: npt.NDArray[np.int32], stride_bytes: int) -> b
     return True
 
 
-def _ranges(slots: npt.NDArray[np.int32], stride_bytes: int) -> Iterator[tuple[int, int]]:
+def _ranges(slots: npt.NDArray[np.int64], stride_bytes: int) -> Iterator[tuple[int, int]]:
     """Offset and length of `slots` in the region, neighbours together."""
     ordered = np.sort(slots).astype(np.int64)
     for run in np.split(ordered, np.flatnonzero(np.diff(ordered) != 1) + 1):

@@ -51,7 +51,7 @@ class Ahead:
     waiting: deque[Group] = field(default_factory=deque)  # with slots, not begun
     groups: list[Group] = field(default_factory=list)  # begun, over or not
     over: bool = False  # its layer's demand has come, or its step is over
-    read: Ids = field(default_factory=lambda: np.empty(0, np.int32))  # known when it is over
+    read: Ids = field(default_factory=lambda: np.empty(0, np.int64))  # known when it is over
     wasted: int = 0  # of `read`, what that demand did not name
 
 
@@ -114,15 +114,11 @@ class Lookahead:
         """A group has landed."""
         self._finish(group, group.slots)
 
-    def fail(self, group: Group, bad: Ids) -> None:
-        """A group's reads are over, but its neurons `bad` came wrong. If they are needed, the
-        demand reads them itself, and reports it."""
+    def fail(self, group: Group, good: Slots) -> None:
+        """A group's reads are over, and only what is in its slots `good` came right. If the others
+        are needed, the demand reads them itself, and reports it."""
         self.unreadable += 1
-        wrong = np.isin(group.ids, bad)
-        pool = self._pools[group.layer]
-        pool.fail(group.slots[wrong])
-        pool.land(group.slots[~wrong])
-        self._finish(group, group.slots[~wrong])
+        self._finish(group, good)
 
     def pass_by(self, step: int, layer: int, demanded: Ids) -> Ahead | None:
         """A layer's demand is there: its prefetch ends and is returned, and so do those of the
@@ -209,8 +205,8 @@ class Lookahead:
         """Of what was read `used` was demanded."""
         if not len(used) or is_whole(ahead.fetch, self._neurons):
             return
-        place = np.empty(self._neurons, np.int32)
-        place[ahead.named] = np.arange(len(ahead.named), dtype=np.int32)
+        place = np.empty(self._neurons, np.int64)
+        place[ahead.named] = np.arange(len(ahead.named))
         self._useful.learn(ahead.fetch.layer, place[ahead.read], len(ahead.named), used)
 
     def _let_go(self, ahead: Ahead) -> None:

@@ -77,7 +77,7 @@ class _Batch:
         self.failed = -1
         self.error = ""
         self._vectors = np.empty(len(reads.slots), _IOVEC)
-        self._vectors["base"] = memory + reads.slots.astype(np.int64) * reads.stride_bytes
+        self._vectors["base"] = memory + reads.slots * reads.stride_bytes
         self._vectors["bytes"] = reads.stride_bytes
         index = np.arange(len(reads))
         self._blocks = np.zeros(len(reads), _CONTROL)

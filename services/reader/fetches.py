@@ -135,23 +135,28 @@ class Fetches:
         brought = Brought(reads=len(group.reads), bytes_read=group.bytes_read)
         return [progress.part(group.ids, group.slots, brought, now_ns), *others]
 
-    def fail(self, tag: int, bad: Ids, reason: str) -> list[Unreadable]:
-        """A group's reads are over, but what came of its neurons `bad` is wrong."""
+    def fail(self, tag: int, bad: Ids, reason: str, now_ns: int) -> list[Resident | Unreadable]:
+        """A group's reads are over, but what came of its neurons `bad` is wrong. The others may be
+        what another fetch waits for."""
         group = self._groups.end(tag)
-        if group.fetch.prefetch:
-            self.ahead.fail(group, bad)
-            return []
-        pool, progress = self.pools[group.layer], self._read_for.pop(tag)
-        wrong = np.isin(group.ids, bad)
+        pool, wrong = self.pools[group.layer], np.isin(group.ids, bad)
+        good = group.slots[~wrong]
         pool.fail(group.slots[wrong])
-        pool.land(group.slots[~wrong])
-        pool.unpin(group.slots[~wrong])
-        progress.in_flight -= 1
-        if progress.over:
-            return []
-        self._end(progress)
-        fetch = progress.fetch
-        return [Unreadable(fetch.request, fetch.step, fetch.layer, reason)]
+        pool.land(good)
+        failed = list[Resident | Unreadable]()
+        if not group.fetch.prefetch:
+            progress = self._read_for.pop(tag)
+            progress.in_flight -= 1
+            if not progress.over:
+                self._end(progress)
+                fetch = progress.fetch
+                failed.append(Unreadable(fetch.request, fetch.step, fetch.layer, reason))
+        others = self._to_waiting(group.layer, now_ns)  # first: with its last pin it may be gone
+        if group.fetch.prefetch:
+            self.ahead.fail(group, good)
+        else:
+            pool.unpin(good)
+        return [*failed, *others]
 
     def release(self, step: int, layer: int, part: int, now_ns: int) -> list[Resident]:
         """Compute is done with a part; with a layer's last the next one begins. One that is not
@@ -184,7 +189,7 @@ class Fetches:
             raise BadFetchError(f"layer {fetch.layer} of {len(self.pools)}")
         if len(fetch.ids) % 4 or len(fetch.ids) > 4 * neurons:
             raise BadFetchError(f"{len(fetch.ids)} bytes of ids")
-        ids = np.frombuffer(fetch.ids, "<i4")
+        ids = np.frombuffer(fetch.ids, "<i4").astype(np.int64)
         ahead = fetch.prefetch
         if len(ids) and not (ids.min() >= 0 and ids.max() < neurons):
             raise BadFetchError(f"ids are not within {neurons} neurons")

@@ -226,8 +226,8 @@ class Reader:
     def _fail(self, group: Group, bad: Ids, reason: str) -> None:
         """A demand's failure is its request's and goes to compute; a prefetch's fails nobody."""
         fetch = group.fetch
-        answers = self._fetches.fail(group.tag, bad, reason)
-        if answers or fetch.prefetch:
+        answers = self._fetches.fail(group.tag, bad, reason, time.monotonic_ns())
+        if fetch.prefetch or any(isinstance(answer, Unreadable) for answer in answers):
             self._service.log.warning(
                 "unreadable_prefetch" if fetch.prefetch else "unreadable",
                 request=fetch.request,

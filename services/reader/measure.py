@@ -197,7 +197,7 @@ class _Draw:
         choices = self._target.neurons // bundles
         chosen = self._random.choice(choices, count, replace=count > choices)
         offsets = np.sort(chosen).astype(np.int64) * bundles * stride
-        slots = np.arange(count * bundles, dtype=np.int32) + place * count * bundles
+        slots = np.arange(count * bundles) + place * count * bundles
         layer = int(self._random.integers(len(self._target.paths)))
         return layer, Reads(offsets, np.arange(count + 1) * bundles, slots, stride)
 

@@ -81,7 +81,7 @@ def _proven(make: Callable[[], Backend], memory: Memory, expected: bytes) -> Bac
     backend = make()
     try:
         memory[0] = 0
-        first = np.zeros(1, np.int32)
+        first = np.zeros(1, np.int64)
         backend.submit(0, 0, plan_reads(first, first, memory.shape[1]))
         error = _wait(backend)
         if not error and memory[0].tobytes() != expected:

@@ -21,7 +21,7 @@ class Reads:
 
     offsets: npt.NDArray[np.int64]  # [reads], bytes
     firsts: npt.NDArray[np.int64]  # [reads + 1], the last is the number of bundles
-    slots: npt.NDArray[np.int32]  # [bundles], in the whole cache
+    slots: npt.NDArray[np.int64]  # [bundles], in the whole cache
     stride_bytes: int
 
     def __len__(self) -> int:
@@ -34,7 +34,7 @@ class Reads:
 
 
 def plan_reads(
-    ids: npt.NDArray[np.int32], slots: npt.NDArray[np.int32], stride_bytes: int
+    ids: npt.NDArray[np.int64], slots: npt.NDArray[np.int64], stride_bytes: int
 ) -> Reads:
     """The fewest reads that bring bundles `ids` (strictly ascending) into `slots` (same length),
     none larger than READ_BYTES_MAX or READ_BUNDLES_MAX (a bundle larger than that is one read)."""
@@ -46,5 +46,5 @@ def plan_reads(
         index = np.arange(len(ids) + 1)
         run_first = np.maximum.accumulate(np.where(begins, index, 0))
         firsts = np.flatnonzero((index - run_first) % bundles_max == 0)
-    offsets = ids[firsts[:-1]].astype(np.int64) * stride_bytes
+    offsets = ids[firsts[:-1]] * stride_bytes
     return Reads(offsets, firsts, slots, stride_bytes)

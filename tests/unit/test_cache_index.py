@@ -7,7 +7,7 @@ and looks at every part it holds after every step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,10 +133,12 @@ class CacheIndex(RuleBasedStateMachine):
         good = ~np.isin(group.ids, bad)
         self.memory[group.slots[good]] = group.layer * NEURONS + group.ids[good]
         before = self.snapshot()
-        answers = self.fetches.fail(group.tag, np.array(bad), "why")
+        answers = self.fetches.fail(group.tag, np.array(bad), "why", 0)
         fetch = group.fetch
         told = not fetch.prefetch and self.left.pop((fetch.step, fetch.layer), None) is not None
-        assert answers == [Unreadable(1, fetch.step, fetch.layer, "why")] * told
+        failed, others = answers[:told], answers[told:]
+        assert failed == [Unreadable(1, fetch.step, fetch.layer, "why")] * told
+        self.see_landed(others, group.ids[good].tolist())
         self.go_on(before)
 
     @precondition(lambda self: self.held)
@@ -260,12 +262,7 @@ class CacheIndex(RuleBasedStateMachine):
 
     def bring(self, group: Group) -> None:
         self.memory[group.slots] = group.layer * NEURONS + group.ids
-        answers = self.fetches.land(group.tag, 0)
-        for answer in answers:
-            assert set(ids_of(answer)) <= set(group.ids.tolist()), "what landed, and no more"
-            if answer.reads == 0:  # the group is another fetch's: only now this one uses it
-                self.use(answer.layer, ids_of(answer))
-        self.see(answers)
+        self.see_landed(self.fetches.land(group.tag, 0), group.ids.tolist())
 
     def release_all(self) -> None:
         for key in list(self.held):
@@ -394,6 +391,13 @@ class CacheIndex(RuleBasedStateMachine):
             self.early[key] = ids
             slots = np.frombuffer(answer.slots, "<i4").tolist()
             self.held[(*key, 0)] = list(zip(ids, slots, strict=True))
+
+    def see_landed(self, answers: Sequence[Any], landed: list[int]) -> None:
+        for answer in answers:
+            assert set(ids_of(answer)) <= set(landed), "what landed, and no more"
+            if answer.reads == 0:  # the group is another fetch's: only now this one uses it
+                self.use(answer.layer, ids_of(answer))
+        self.see(answers)
 
     def see(self, answers: Iterable[Resident | Unreadable]) -> None:
         for answer in answers:

@@ -12,7 +12,7 @@ NEURONS = 1000
 
 
 def ids(*numbers: int) -> np.ndarray:
-    return np.array(numbers, np.int32)
+    return np.array(numbers, np.int64)
 
 
 def pool_of(slots: int, policy: Policy | None = None) -> Pool:

@@ -18,7 +18,7 @@ def given_up(ages: list[int], held: list[int], window: int | None, want: int) ->
     """What is given up of slots whose neurons were last used `ages` tokens ago."""
     mask = np.isin(np.arange(len(ages)), held)
     slots = evict(NOW - np.array(ages, np.float64), mask, Window(window).floor(NOW), want)
-    assert slots.dtype == np.int32
+    assert slots.dtype == np.int64
     assert len(set(slots.tolist())) == len(slots)
     return set(slots.tolist())
 

@@ -63,7 +63,7 @@ def ids_of(answer: Resident) -> list[int]:
 
 
 def is_resident(fetches: Fetches, ids: list[int], layer: int = 1) -> list[bool]:
-    return fetches.pools[layer].find(layer, np.array(ids, np.int32))[0].tolist()
+    return fetches.pools[layer].find(layer, np.array(ids, np.int64))[0].tolist()
 
 
 @SCOPES
@@ -229,13 +229,13 @@ def test_a_bundle_that_comes_wrong_ahead_fails_nobody():
     fetches = reader()
     prefetch(fetches, [4, 5])
     (group,) = begun(fetches)
-    assert fetches.fail(group.tag, np.array([4]), "why") == []
+    assert fetches.fail(group.tag, np.array([4]), "why", 0) == []
     assert fetches.ahead.unreadable == 1
     answer = demand(fetches, [4, 5])
     assert (ids_of(answer), answer.left) == ([5], 1)
     (again,) = begun(fetches)
     assert again.ids.tolist() == [4], "the demand reads it itself"
-    assert fetches.fail(again.tag, again.ids, "why") == [Unreadable(9, 1, 1, "why")]
+    assert fetches.fail(again.tag, again.ids, "why", 0) == [Unreadable(9, 1, 1, "why")]
 
 
 def test_look_ahead_leaves_demands_their_share_of_a_global_pool():

@@ -243,7 +243,7 @@ def test_an_unreadable_bundle_ends_its_fetch_and_no_other():
     fetches.take(fetch([5], layer=1), 0)
     first, second, other = begun(fetches)
     (answer,) = fetches.land(first.tag, 0)
-    assert fetches.fail(second.tag, np.array([60]), "why") == [Unreadable(9, 1, 0, "why")]
+    assert fetches.fail(second.tag, np.array([60]), "why", 0) == [Unreadable(9, 1, 0, "why")]
     assert fetches.pools[0].slot_of[60] == -1
     assert fetches.pools[0].slot_of[61] >= 0, "its neighbours came right"
     fetches.release(1, 0, answer.part, 0)
@@ -252,12 +252,23 @@ def test_an_unreadable_bundle_ends_its_fetch_and_no_other():
     assert begun(fetches) == []
 
 
+def test_what_came_right_beside_an_unreadable_bundle_is_sent_to_whom_it_is_read_for_as_well():
+    fetches = reader(200)
+    fetches.take(fetch([1, 2]), 0)
+    (group,) = begun(fetches)
+    fetches.take(fetch([2], step=2), 0)
+    assert begun(fetches) == [], "it is being read"
+    failed, answer = fetches.fail(group.tag, np.array([1]), "why", 0)
+    assert failed == Unreadable(9, 1, 0, "why")
+    assert (answer.step, ids_of(answer), answer.left) == (2, [2], 0)
+
+
 def test_a_second_failure_of_a_fetch_says_nothing():
     fetches = reader(200)
     fetches.take(fetch(np.arange(2 * PART_BUNDLES_MIN)), 0)
     first, second = begun(fetches)
-    assert len(fetches.fail(first.tag, first.ids, "why")) == 1
-    assert fetches.fail(second.tag, second.ids, "why") == []
+    assert len(fetches.fail(first.tag, first.ids, "why", 0)) == 1
+    assert fetches.fail(second.tag, second.ids, "why", 0) == []
 
 
 def test_the_window_is_counted_in_steps_whatever_their_numbers():

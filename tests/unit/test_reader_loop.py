@@ -93,7 +93,7 @@ class Peers:
         found = np.concatenate([np.frombuffer(part.ids, "<i4") for part in parts])
         named = len(parts[0].ids) // 4 - parts[0].extra
         found = np.delete(found, range(named, named + parts[0].extra))
-        assert sorted(found) == sorted(np.array(ids, np.int32))
+        assert sorted(found) == sorted(np.array(ids, np.int64))
         return parts
 
     def counters(self, wait_for: Callable[[dict[str, int]], bool]) -> dict[str, int]:

@@ -14,8 +14,8 @@ from services.reader.reads import plan_reads
 
 def as_tuples(ids: list[int], stride: int = 4096) -> list[tuple[int, int, list[int]]]:
     """(offset, length, slots) of the reads of `ids` into slots 100, 101, ..."""
-    slots = 100 + np.arange(len(ids), dtype=np.int32)
-    reads = plan_reads(np.array(ids, np.int32), slots, stride)
+    slots = 100 + np.arange(len(ids), dtype=np.int64)
+    reads = plan_reads(np.array(ids, np.int64), slots, stride)
     return [
         (int(o), int(n), reads.slots[a:b].tolist())
         for o, n, a, b in zip(
