@@ -68,6 +68,8 @@ class Settings:
     threads: int = 0  # of compute; 0: as many as there are cores
     awake: str = "auto"  # on: cores do not halt while a request runs; auto: virtual ones, as far
     # as this user may say so
+    apart: str = "auto"  # on: compute's first thread has a core of its own; auto: of two, if they
+    # are virtual
     trace: str = "on"  # spans of requests that do not say themselves: see common/spans.py
     metrics: str | None = None  # [HOST:]PORT of the gateway's Prometheus metrics; None: none
     slow: Slow = NOT_SLOWED  # made slow on purpose, to see what comes of it
@@ -174,6 +176,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "backend": _one_of("auto", "aio", "threads"),
     "threads": _count(0),
     "awake": _one_of("auto", "on", "off"),
+    "apart": _one_of("auto", "on", "off"),
     "trace": _one_of("on", "off"),
     "metrics": _address,
     "slow": parse_slow,

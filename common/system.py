@@ -6,6 +6,7 @@ of a device, and changes nothing. What it does not tell is None.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from common.cgroup import is_limited, machine_bytes
 
 ROOT = Path("/")
+VIRTUAL = "haltpoll"  # the driver of virtual cores that wait
 SECTOR_BYTES = 512  # of /sys/block/*/stat, whatever the drive's own
 _LIFE_STEP = 10  # percent of a drive's life that a step of life_time stands for
 
@@ -125,8 +127,9 @@ def swap_written_bytes(root: Path = ROOT) -> int | None:
     return int(match[1]) * os.sysconf("SC_PAGE_SIZE") if match else None
 
 
+@functools.cache
 def cores() -> int:
-    """Those that this process may use."""
+    """Those that this process might use when it first asked."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

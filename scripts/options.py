@@ -75,6 +75,11 @@ _OPTIONS = [
         help="Keep cores from halting while a request runs, which takes power. [default: auto:"
         " virtual ones, if this user may write /dev/cpu_dma_latency]",
     ),
+    click.option(
+        "--apart",
+        type=click.Choice(["auto", "on", "off"]),
+        help="Give compute's first thread a core of its own. [default: auto: of two virtual ones]",
+    ),
     click.option("--backend", type=click.Choice(["auto", "aio", "threads"]), help="How to read."),
     click.option(
         "--trace",

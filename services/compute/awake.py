@@ -13,10 +13,9 @@ import os
 from pathlib import Path
 
 from common.errors import UserError
-from common.system import ROOT, idle_driver
+from common.system import ROOT, VIRTUAL, idle_driver
 
 LATENCY = "dev/cpu_dma_latency"
-VIRTUAL = "haltpoll"  # the driver of virtual cores: the one it was measured with
 _NO_US = bytes(4)  # int32
 
 

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 from common import amx
+from common.apart import take
+from common.errors import UserError
 from common.fired import compile_fired
 from common.firing import compile_firing
 from common.heads import compile_heads
@@ -61,9 +63,20 @@ def serve(service: Service, store: Store) -> None:
     service.log.info(
         "block products", integers=probe.names, tiles=amx.usable(), **dataclasses.asdict(probe)
     )
-    loop = ComputeLoop(service, store, Products(threads, probe.halved))
+    products = Products(threads, probe.halved)
+    _keep_apart(service)
+    loop = ComputeLoop(service, store, products)
     with torch.inference_mode():
         loop.run()
+
+
+def _keep_apart(service: Service) -> None:
+    """After the helpers were started: this thread's core is not theirs."""
+    service.log.info("apart", reason=service.core_reason)
+    if service.core is not None:
+        take(service.core)
+    elif service.settings.apart == "on":
+        raise UserError(f"INFLASH_APART: on, but {service.core_reason}")
 
 
 class ComputeLoop:

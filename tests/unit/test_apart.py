@@ -1,0 +1,72 @@
+"""Who has a core of its own, and who keeps off it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from common import apart, system
+
+DRIVER = "sys/devices/system/cpu/cpuidle/current_driver"
+
+
+def machine(root: Path, driver: str) -> Path:
+    (root / DRIVER).parent.mkdir(parents=True)
+    (root / DRIVER).write_text(f"{driver}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("setting", "cores", "driver", "reason"),
+    [
+        ("auto", 2, "haltpoll", "the first thread's own"),
+        ("auto", 2, "intel_idle", "not driven by haltpoll"),
+        ("auto", 4, "haltpoll", "there are 4 cores, and not 2"),
+        ("on", 4, "intel_idle", "the first thread's own"),
+        ("on", 1, "haltpoll", "there is one core"),
+        ("off", 2, "haltpoll", "apart is off"),
+    ],
+)
+def test_who_has_one(
+    setting: str,
+    cores: int,
+    driver: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(apart, "cores", lambda: cores)
+    core, why = apart.own_core(setting, machine(tmp_path, driver))
+    assert reason in why
+    assert core == (min(os.sched_getaffinity(0)) if "own" in reason else None)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
+def test_a_thread_leaves_a_core_and_takes_it() -> None:
+    all_cores, seen = os.sched_getaffinity(0), list[set[int]]()
+    core = min(all_cores)
+
+    def helper() -> None:
+        seen.append(os.sched_getaffinity(0))
+
+    def first() -> None:
+        apart.leave(core)
+        started = threading.Thread(target=helper)
+        started.start()
+        started.join()
+        apart.take(core)
+        seen.append(os.sched_getaffinity(0))
+
+    thread = threading.Thread(target=first)  # this one goes on wherever it likes
+    thread.start()
+    thread.join()
+    assert seen == [all_cores - {core}, {core}]
+    assert os.sched_getaffinity(0) == all_cores
+
+
+def test_cores_are_counted_before_one_is_left() -> None:
+    """A service that keeps off a core does not take the machine for a smaller one."""
+    assert system.cores() >= len(os.sched_getaffinity(0))
