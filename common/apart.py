@@ -3,7 +3,8 @@
 That thread does most of a token's work, and what it waits for others make. With two cores it often
 found both taken when it could go on, by reader, predictor and its own helper (docs/measurements.md,
 "A core of its own"). So it has one, with ZeroMQ's thread that brings its messages, and all other
-threads of a server have the rest.
+threads of a server have the rest. But the reader, while a prompt streams whole layers: compute's
+threads are busy all the time then, and the one that shared its core with it kept the other waiting.
 """
 
 from __future__ import annotations
@@ -16,32 +17,46 @@ from common.system import ROOT, VIRTUAL, cores, idle_driver
 CORES = 2  # with how many it was measured
 
 
-def own_core(setting: str, root: Path = ROOT) -> tuple[int | None, str]:
-    """The core that is compute's first thread's own, None where threads go wherever the system puts
-    them; and why: a sentence. `setting` is auto, on or off. Ask before `leave`."""
-    count = cores()
-    why = ""
+class Apart:
+    """The setting `apart`, in force for this process: each method is of the thread that calls it,
+    and of those that it starts from then on. Without a core of its own for the first thread they
+    do nothing."""
+
+    def __init__(self, setting: str, root: Path = ROOT) -> None:
+        """`setting` is auto, on or off."""
+        count = cores()  # before any is left
+        self.core: int | None = None
+        """The first thread's own."""
+        self._roams = True
+        if why := _why_not(setting, count, root):
+            self.reason = f"threads go wherever the system puts them: {why}"
+            return
+        self._all = os.sched_getaffinity(0)
+        self.core = min(self._all)
+        self.reason = f"core {self.core} is the first thread's own"
+
+    def roam(self, wanted: bool) -> None:
+        """It may use all cores, or keeps off the first thread's."""
+        if self.core is not None and wanted != self._roams:
+            self._roams = wanted
+            os.sched_setaffinity(0, self._all if wanted else self._all - {self.core})
+
+    def take(self) -> None:
+        """It runs on its own core and on no other."""
+        if self.core is not None:
+            os.sched_setaffinity(0, {self.core})
+
+
+def _why_not(setting: str, count: int, root: Path) -> str:
+    """Why there is no core of its own; "" if there is."""
     if setting == "off":
-        why = "apart is off"
-    elif not hasattr(os, "sched_setaffinity"):
-        why = "this system has no way to say where"
-    elif count == 1:
-        why = "there is one core"
-    elif setting == "auto" and count != CORES:
-        why = f"there are {count} cores, and not {CORES}"
-    elif setting == "auto" and idle_driver(root) != VIRTUAL:
-        why = f"cores are not driven by {VIRTUAL}: they may be others' as well"
-    if why:
-        return None, f"threads go wherever the system puts them: {why}"
-    core = min(os.sched_getaffinity(0))
-    return core, f"core {core} is the first thread's own"
-
-
-def leave(core: int) -> None:
-    """This thread, and those that it starts from now on, keep off a core."""
-    os.sched_setaffinity(0, os.sched_getaffinity(0) - {core})
-
-
-def take(core: int) -> None:
-    """This thread runs on that core alone."""
-    os.sched_setaffinity(0, {core})
+        return "apart is off"
+    if not hasattr(os, "sched_setaffinity"):
+        return "this system has no way to say where"
+    if count == 1:
+        return "there is one core"
+    if setting == "auto" and count != CORES:
+        return f"there are {count} cores, and not {CORES}"
+    if setting == "auto" and idle_driver(root) != VIRTUAL:
+        return f"they are not driven by {VIRTUAL}, so that other programs may want them as well"
+    return ""

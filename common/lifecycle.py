@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import zmq
 
-from common.apart import leave, own_core
+from common.apart import Apart
 from common.claim import claim
 from common.config import Settings, read_settings
 from common.errors import LinkError, SettingError, UserError
@@ -47,8 +47,7 @@ class Service:
         self.context = context
         self._log_file = LogFile(settings.run_dir, name)
         self.log = open_log(self._log_file, name, settings.log_level)
-        self.core, self.core_reason = own_core(settings.apart)
-        """The core that is compute's first thread's own, if any; and why."""
+        self.apart = Apart(settings.apart)
         self.counters: dict[str, int] = {}
         self._links: list[Link] = []
         self._beat = 0
@@ -137,10 +136,9 @@ class Service:
     def start(self) -> None:
         signal.signal(signal.SIGTERM, self.stop)
         signal.signal(signal.SIGINT, self.stop)
-        if self.core is not None:
-            leave(self.core)
-            if self.name == "compute":
-                self.context.set(zmq.THREAD_AFFINITY_CPU_ADD, self.core)
+        self.apart.roam(False)
+        if self.name == "compute" and self.apart.core is not None:
+            self.context.set(zmq.THREAD_AFFINITY_CPU_ADD, self.apart.core)
         self._heart.start()
 
     def beats(self) -> bool:

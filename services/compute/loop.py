@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from common import amx
-from common.apart import take
 from common.errors import UserError
 from common.fired import compile_fired
 from common.firing import compile_firing
@@ -72,11 +71,11 @@ def serve(service: Service, store: Store) -> None:
 
 def _keep_apart(service: Service) -> None:
     """After the helpers were started: this thread's core is not theirs."""
-    service.log.info("apart", reason=service.core_reason)
-    if service.core is not None:
-        take(service.core)
-    elif service.settings.apart == "on":
-        raise UserError(f"INFLASH_APART: on, but {service.core_reason}")
+    apart = service.apart
+    service.log.info("apart", reason=apart.reason)
+    if service.settings.apart == "on" and apart.core is None:
+        raise UserError(f"INFLASH_APART: on, but {apart.reason}")
+    apart.take()
 
 
 class ComputeLoop:

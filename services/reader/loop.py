@@ -21,6 +21,7 @@ from common.plan import make_plan
 from common.policy import make_policy
 from common.segment import create_segment, segment_path
 from common.store.store import Store
+from services.reader.ahead import is_whole
 from services.reader.backends import RECHECK_S, Backend, Completion, Memory
 from services.reader.cache import Ids
 from services.reader.fetches import BadFetchError, Fetches
@@ -166,6 +167,7 @@ class Reader:
     def _take_fetches(self) -> None:
         for message in self._fetch.receive():
             assert isinstance(message, Fetch)
+            self._service.apart.roam(is_whole(message, self._store.geometry.neurons))
             began_ns = time.monotonic_ns()
             try:
                 answers = self._fetches.take(message, began_ns, self._read_time.busy)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common import apart, system
+from common import apart
 
 DRIVER = "sys/devices/system/cpu/cpuidle/current_driver"
 
@@ -39,34 +39,39 @@ def test_who_has_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(apart, "cores", lambda: cores)
-    core, why = apart.own_core(setting, machine(tmp_path, driver))
-    assert reason in why
-    assert core == (min(os.sched_getaffinity(0)) if "own" in reason else None)
+    made = apart.Apart(setting, machine(tmp_path, driver))
+    assert reason in made.reason
+    assert made.core == (min(os.sched_getaffinity(0)) if "own" in reason else None)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
-def test_a_thread_leaves_a_core_and_takes_it() -> None:
+def test_threads_keep_off_the_first_ones_core() -> None:
     all_cores, seen = os.sched_getaffinity(0), list[set[int]]()
+    made = apart.Apart("on")
     core = min(all_cores)
 
     def helper() -> None:
         seen.append(os.sched_getaffinity(0))
 
     def first() -> None:
-        apart.leave(core)
+        made.roam(False)
         started = threading.Thread(target=helper)
         started.start()
         started.join()
-        apart.take(core)
-        seen.append(os.sched_getaffinity(0))
+        made.roam(True)
+        helper()
+        made.take()
+        helper()
 
     thread = threading.Thread(target=first)  # this one goes on wherever it likes
     thread.start()
     thread.join()
-    assert seen == [all_cores - {core}, {core}]
+    assert seen == [all_cores - {core}, all_cores, {core}]
     assert os.sched_getaffinity(0) == all_cores
 
 
-def test_cores_are_counted_before_one_is_left() -> None:
-    """A service that keeps off a core does not take the machine for a smaller one."""
-    assert system.cores() >= len(os.sched_getaffinity(0))
+def test_off_changes_nothing() -> None:
+    before, made = os.sched_getaffinity(0), apart.Apart("off")
+    made.roam(False)
+    made.take()
+    assert os.sched_getaffinity(0) == before
