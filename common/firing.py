@@ -40,39 +40,50 @@ def fire(
     `z` float32 [tokens, count], without `bias` float32 [neurons], or [0] for none. An activation is
     z, or its square, above `threshold`. What is no number fires.
     """
-    count, biased = ids.shape[0], bias.shape[0] > 0
-    which = np.empty(count, np.int64)
-    fired = 0
-    for i in range(count):
-        added = bias[ids[i]] if biased else np.float32(0)
-        fires = False
-        for t in range(few):
-            value = z[t, i] + added
+    count = ids.shape[0]
+    added, fires = _biases_of(ids, bias), np.zeros(count, np.bool_)
+    for t in range(few):  # token by token, as their products lie
+        row = z[t]
+        for i in range(count):
+            value = row[i] + added[i]
             if value <= threshold:
                 value = np.float32(0)
             elif squared:
                 value *= value
-            fires |= value != 0
-            z[t, i] = value
+            fires[i] |= value != 0
+            row[i] = value
+    which = np.empty(count, np.int64)
+    fired = 0
+    for i in range(count):
         which[fired] = i
-        fired += fires
+        fired += fires[i]
     h = np.empty((few, fired), np.float32)
     their_ids, their_slots = np.empty(fired, np.int64), np.empty(fired, np.int64)
     for k in range(fired):
         their_ids[k], their_slots[k] = ids[which[k]], slots[which[k]]
-        for t in range(few):
+    for t in range(few):
+        for k in range(fired):
             h[t, k] = z[t, which[k]]
     return their_ids, their_slots, h
 
 
 @compiled
+def _biases_of(ids: Any, bias: Any) -> Any:
+    """Of the neurons `ids`, float32 [count]; zeros without any."""
+    added = np.zeros(ids.shape[0], np.float32)
+    if bias.shape[0] > 0:
+        for i in range(ids.shape[0]):
+            added[i] = bias[ids[i]]
+    return added
+
+
+@compiled
 def scale(h: Any, up: Any, bias: Any, ids: Any) -> None:
     """h *= `up` + the neurons' bias: `h` float32 [few, fired]; `up` [few or more, fired]."""
-    biased = bias.shape[0] > 0
-    for k in range(ids.shape[0]):
-        added = bias[ids[k]] if biased else np.float32(0)
-        for t in range(h.shape[0]):
-            h[t, k] *= up[t, k] + added
+    added = _biases_of(ids, bias)
+    for t in range(h.shape[0]):
+        for k in range(h.shape[1]):
+            h[t, k] *= up[t, k] + added[k]
 
 
 @compiled
