@@ -72,7 +72,7 @@ def wait(backend: Backend, batches: int, deadline_s: float = 10.0) -> dict[int, 
 
 
 def reads(ids: list[int] | np.ndarray, slots: list[int] | np.ndarray) -> Reads:
-    return plan_reads(np.array(ids, np.int32), np.array(slots, np.int32), STRIDE)
+    return plan_reads(np.array(ids, np.int64), np.array(slots, np.int64), STRIDE)
 
 
 def test_a_bundle_lands_in_its_slot_and_nowhere_else(backend, files, memory):

@@ -18,7 +18,6 @@ def test_all_others_keep_off_the_core_of_computes_first_thread(made: Made, run_d
         list(client.generate([5, 6, 7], max_new_tokens=4))
         status = client.status()
         pids = {name: service["pid"] for name, service in status["services"].items()}
-        # Helpers of compute are among the threads that a process starts with its first one.
         assert os.sched_getaffinity(pids.pop("compute")) == {core}
         for pid in pids.values():
             assert os.sched_getaffinity(pid) == all_cores - {core}
