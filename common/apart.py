@@ -9,6 +9,7 @@ threads are busy all the time then, and the one that shared its core with it kep
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -24,11 +25,10 @@ class Apart:
 
     def __init__(self, setting: str, root: Path = ROOT) -> None:
         """`setting` is auto, on or off."""
-        count = cores()  # before any is left
         self.core: int | None = None
         """The first thread's own."""
         self._roams = True
-        if why := _why_not(setting, count, root):
+        if why := _why_not(setting, root):
             self.reason = f"threads go wherever the system puts them: {why}"
             return
         self._all = os.sched_getaffinity(0)
@@ -39,16 +39,23 @@ class Apart:
         """It may use all cores, or keeps off the first thread's."""
         if self.core is not None and wanted != self._roams:
             self._roams = wanted
-            os.sched_setaffinity(0, self._all if wanted else self._all - {self.core})
+            _stay(self._all if wanted else self._all - {self.core})
 
     def take(self) -> None:
         """It runs on its own core and on no other."""
         if self.core is not None:
-            os.sched_setaffinity(0, {self.core})
+            _stay({self.core})
 
 
-def _why_not(setting: str, count: int, root: Path) -> str:
+def _stay(on: set[int]) -> None:
+    # None of them may be left to us since: a server is slower then, and does not end.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, on)
+
+
+def _why_not(setting: str, root: Path) -> str:
     """Why there is no core of its own; "" if there is."""
+    count = cores()  # which is asked for before any is left
     if setting == "off":
         return "apart is off"
     if not hasattr(os, "sched_setaffinity"):
@@ -59,4 +66,8 @@ def _why_not(setting: str, count: int, root: Path) -> str:
         return f"there are {count} cores, and not {CORES}"
     if setting == "auto" and idle_driver(root) != VIRTUAL:
         return f"they are not driven by {VIRTUAL}, so that other programs may want them as well"
+    try:
+        os.sched_setaffinity(0, os.sched_getaffinity(0))
+    except OSError as error:  # a sandbox's filter
+        return f"it may not say where ({error.strerror})"
     return ""

@@ -185,7 +185,7 @@ def take_again(path: Path, slots: npt.NDArray[np.int64], stride_bytes: int) -> b
 
 def _ranges(slots: npt.NDArray[np.int64], stride_bytes: int) -> Iterator[tuple[int, int]]:
     """Offset and length of `slots` in the region, neighbours together."""
-    ordered = np.sort(slots).astype(np.int64)
+    ordered = np.sort(slots)
     for run in np.split(ordered, np.flatnonzero(np.diff(ordered) != 1) + 1):
         if len(run):
             yield int(run[0]) * stride_bytes, len(run) * stride_bytes

@@ -70,6 +70,19 @@ def test_threads_keep_off_the_first_ones_core() -> None:
     assert os.sched_getaffinity(0) == all_cores
 
 
+def test_a_system_that_forbids_it_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbid(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(apart, "cores", lambda: 2)
+    monkeypatch.setattr(os, "sched_setaffinity", forbid)
+    made = apart.Apart("auto", machine(tmp_path, "haltpoll"))
+    assert made.core is None
+    assert "Operation not permitted" in made.reason
+
+
 def test_off_changes_nothing() -> None:
     before, made = os.sched_getaffinity(0), apart.Apart("off")
     made.roam(False)
